@@ -1,0 +1,1 @@
+"""Programs that produce the figures in README.md."""

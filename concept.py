@@ -1,0 +1,486 @@
+"""A learned concept: its files on disk, and how it goes into a pipeline and out again.
+
+This module is the only place that knows the format. A concept is a folder (or a Hub repository) with
+
+- ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
+  projections, under the keys of diffusers' Custom Diffusion processors;
+- ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``;
+- ``README.md``: a model card whose ``base_model`` says which model the weights belong to.
+
+Files of strangers are read as safetensors or with ``weights_only=True``, so that reading never runs code.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from torch import Tensor, nn
+
+WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
+CARD_NAME = "README.md"
+MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
+
+# Windows forbids more than a separator needs, the customary angle brackets among it.
+_NOT_IN_FILE_NAMES = '/\\:<>"|?*' if os.name == "nt" else "/\\:"
+
+# `down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight`
+_KEY = re.compile(
+    r"(?P<attention>.+\.attn2)\.processor\."
+    r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class ConceptError(ValueError):
+    """A concept that cannot be read, written or applied; the message is one line made for the user."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What Custom Diffusion learned.
+
+    Attributes:
+        attention: the trained projections in float32 or as stored, keyed as diffusers' processors name them
+            (``...attn2.processor.to_k_custom_diffusion.weight`` of shape (hidden size, text width), ``to_v``,
+            and with ``crossattn`` also ``to_q`` and ``to_out``). Empty where only tokens were learned.
+        tokens: modifier token to its embedding, shape (text width,).
+        base_model: the model that was fine-tuned (Hub id or folder), where it is known.
+        source: where the concept was read from, for messages.
+    """
+
+    attention: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    base_model: str | None = None
+    source: str = "the concept"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def check_token_name(token: str) -> None:
+    """Refuse a modifier token that could not safely be a file name of its own.
+
+    Raises:
+        ConceptError: for a token that is empty, holds white space or control characters, is too long,
+            or would be read as a path.
+    """
+    if not token:
+        raise ConceptError("a modifier token is empty; write for example --modifier_token '<new1>+<new2>'")
+    if any(character.isspace() or not character.isprintable() for character in token):
+        raise ConceptError(f"the modifier token {token!r} holds white space or an unprintable character")
+    if token.startswith(".") or any(character in token for character in _NOT_IN_FILE_NAMES):
+        raise ConceptError(
+            f"the modifier token {token!r} would be a path: each token becomes a file name, "
+            f"so it must not start with '.' or hold any of {_NOT_IN_FILE_NAMES}"
+        )
+    if len(token.encode()) > MAX_TOKEN_BYTES:
+        raise ConceptError(
+            f"the modifier token {token[:20]!r}... is longer than {MAX_TOKEN_BYTES} bytes, too long for a file name"
+        )
+    if token == WEIGHTS_STEM:
+        raise ConceptError(f"the modifier token {token!r} is the name of the weights file; take another one")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of a Hub repository, ``name`` or ``owner/name``, and is no local folder."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that it exists whole or not at all: a temporary name, flushed to disk, then renamed.
+
+    Args:
+        path: the file to write; what was there stays until the new content is complete.
+        write: called with the open binary file.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            # mkstemp makes private files; a result follows the user's umask like any other.
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_concept(
+    concept: Concept, folder: str | os.PathLike, safetensors_too: bool = True, bin_too: bool = True
+) -> list[str]:
+    """Write the weights and one file per token.
+
+    Both formats hold an empty entry per self-attention processor: diffusers' ``load_attn_procs`` wants to hear
+    of every processor of the UNet, and takes an empty entry for one that was not trained.
+
+    Args:
+        folder: made if it is not there.
+        safetensors_too, bin_too: which of the two formats to write.
+
+    Returns:
+        The names of the files written, relative to ``folder``.
+
+    Raises:
+        ConceptError: for a token that cannot be a file name.
+    """
+    folder = Path(folder)
+    for token in concept.tokens:
+        check_token_name(token)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
+    cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
+    untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
+    files = {
+        token: {token: vector.detach().to("cpu", torch.float32, copy=True)} for token, vector in concept.tokens.items()
+    }
+    written = []
+    if safetensors_too:
+        contents = dict(files)
+        if cpu:
+            contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
+        for stem, tensors in contents.items():
+            data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+            write_whole(folder / f"{stem}.safetensors", lambda file, data=data: file.write(data))
+            written.append(f"{stem}.safetensors")
+    if bin_too:
+        contents = dict(files)
+        if cpu:
+            contents[WEIGHTS_STEM] = cpu | {name: {} for name in untrained}
+        for stem, tensors in contents.items():
+            write_whole(folder / f"{stem}.bin", lambda file, tensors=tensors: torch.save(tensors, file))
+            written.append(f"{stem}.bin")
+    return written
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_concept(source: str | os.PathLike) -> Concept:
+    """Read a concept from a folder, a training checkpoint or a Hub repository.
+
+    Safetensors are preferred; a ``.bin`` is read with ``weights_only=True``.
+
+    Raises:
+        ConceptError: where there is no concept, or a file is broken, would run code, or holds values that are
+            not finite.
+    """
+    folder = _local_folder(str(source))
+    attention: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    for stem, path in _weight_files(folder).items():
+        content = _read_tensors(path)
+        if stem == WEIGHTS_STEM:
+            # Empty entries stand for processors that were not trained.
+            attention = {key: value for key, value in content.items() if len(value) > 0}
+            foreign = next((key for key in attention if not _KEY.fullmatch(key)), None)
+            if foreign is not None:
+                raise ConceptError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
+        elif set(content) == {stem} and isinstance(content[stem], Tensor) and content[stem].dim() == 1:
+            # The clone leaves behind the whole embedding table that the example stores with each vector.
+            tokens[stem] = content[stem].clone()
+    if not attention and not tokens:
+        raise ConceptError(
+            f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin and no token file; "
+            "give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
+        )
+    for name, tensor in (attention | tokens).items():
+        if not torch.isfinite(tensor).all():
+            raise ConceptError(
+                f"{name!r} in {str(source)!r} holds values that are not finite: that training run failed"
+            )
+    return Concept(attention, tokens, _base_model(folder), str(source))
+
+
+def _local_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if not is_hub_id(source):
+        raise ConceptError(f"there is no folder {source!r}")
+    try:
+        # First what is safe to read; the pickles only where there is nothing else.
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", CARD_NAME], ignore_patterns=["*/*"]))
+        if not (folder / f"{WEIGHTS_STEM}.safetensors").exists():
+            folder = Path(snapshot_download(source, allow_patterns=["*.bin", CARD_NAME], ignore_patterns=["*/*"]))
+    except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConceptError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
+    return folder
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Stem to file for every tensor file at the top of ``folder``, safetensors before ``.bin``."""
+    files: dict[str, Path] = {}
+    for ending in (".safetensors", ".bin"):
+        for path in sorted(folder.glob(f"*{ending}")):
+            if not path.name.startswith("."):
+                files.setdefault(path.name.removesuffix(ending), path)
+    return files
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # mmap: the example's token files carry a whole embedding table that nobody needs in memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # safetensors, pickle, zip and struct errors all mean the same to the user
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise ConceptError(f"{path} holds more than tensors and could run code when read: refused") from error
+        raise ConceptError(f"{path} cannot be read: it is damaged or no weights file") from error
+    if not isinstance(content, dict):
+        raise ConceptError(f"{path} cannot be read: it holds no table of weights")
+    return content
+
+
+def _base_model(folder: Path) -> str | None:
+    # A checkpoint inside an output folder has its own card; the parent's is no fallback, it may be another run's.
+    card = folder / CARD_NAME
+    if not card.is_file():
+        return None
+    try:
+        base_model = ModelCard.load(card).data.to_dict().get("base_model")
+    except Exception:  # a card is written by people: whatever is wrong with its header, the weights are still good
+        return None
+    if isinstance(base_model, list):
+        base_model = base_model[0] if base_model else None
+    return base_model if isinstance(base_model, str) else None
+
+
+# --- applying ------------------------------------------------------------------------------------
+
+
+@dataclass
+class AppliedConcept:
+    """Concepts inside a pipeline; :meth:`remove` takes them out again, exactly."""
+
+    pipeline: Any
+    tokens: list[str]
+    _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False)
+    _tokenizer: Any = field(repr=False)
+    _table_rows: int = field(repr=False)
+    _covered_rows: Tensor = field(repr=False)
+
+    def remove(self) -> None:
+        """Restore UNet, text encoder and tokenizer to the values they had before."""
+        with torch.no_grad():
+            for parameter, original in self._weights:
+                parameter.copy_(original)
+            if self.tokens:
+                encoder = self.pipeline.text_encoder
+                first = len(self._tokenizer)
+                table = encoder.get_input_embeddings().weight
+                table[first : first + len(self._covered_rows)] = self._covered_rows
+                encoder.resize_token_embeddings(self._table_rows, mean_resizing=False)
+                self.pipeline.tokenizer = self._tokenizer
+        self.pipeline.unet._applied_concept = None
+
+
+def apply_concepts(pipeline: Any, *concepts: Concept, scale: float = 1.0) -> AppliedConcept:
+    """Put one or several concepts into any pipeline of the Stable Diffusion family.
+
+    The learned keys and values (and queries and outputs) are copied into the UNet's own ``attn2`` projections and
+    the tokens into tokenizer and text encoder. Nothing is added to the forward pass, so speed stays as it was, and
+    image-to-image, ControlNet or LoRA pipelines work as they do on the base model.
+
+    Args:
+        pipeline: has ``unet``, ``text_encoder`` and ``tokenizer``.
+        concepts: several must agree wherever they trained the same projections (merging is another matter).
+        scale: 0 keeps the base model's projections, 1 takes the learned ones, between and beyond blends linearly.
+            Token embeddings have no counterpart in the base model and always go in whole.
+
+    Returns:
+        A handle whose ``remove()`` restores the pipeline exactly.
+
+    Raises:
+        ConceptError: where a concept does not fit the pipeline or the others; nothing is changed then.
+    """
+    attention, tokens = _combine(concepts)
+    if getattr(pipeline.unet, "_applied_concept", None) is not None:
+        raise ConceptError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
+    parameters = {key: _find_parameter(pipeline.unet, key, concept) for key, (_, concept) in attention.items()}
+    for key, parameter in parameters.items():
+        _check_fit(key, attention[key][0], parameter, attention[key][1], pipeline)
+    if tokens:
+        _check_tokens(tokens, pipeline)
+
+    weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    table = encoder.get_input_embeddings().weight
+    applied = AppliedConcept(
+        pipeline, list(tokens), weights, tokenizer, len(table), table[len(tokenizer) :][: len(tokens)].clone()
+    )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            learned = attention[key][0].to(parameter.device, torch.float32)
+            parameter.copy_(torch.lerp(parameter.float(), learned, scale))
+        if tokens:
+            # Other pipelines may share the tokenizer object: ours becomes a copy, and theirs does not change.
+            pipeline.tokenizer = copy.deepcopy(tokenizer)
+            pipeline.tokenizer.add_tokens(list(tokens))
+            if len(pipeline.tokenizer) > len(table):
+                encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+            table = encoder.get_input_embeddings().weight
+            for token, (vector, _) in tokens.items():
+                table[pipeline.tokenizer.convert_tokens_to_ids(token)] = vector.to(table.device, table.dtype)
+    pipeline.unet._applied_concept = applied
+    return applied
+
+
+_Owned = dict[str, tuple[Tensor, Concept]]
+
+
+def _combine(concepts: Sequence[Concept]) -> tuple[_Owned, _Owned]:
+    attention: _Owned = {}
+    tokens: _Owned = {}
+    for concept in concepts:
+        for token, vector in concept.tokens.items():
+            if token in tokens:
+                raise ConceptError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
+            tokens[token] = (vector, concept)
+        for key, weight in concept.attention.items():
+            if key in attention and not torch.equal(attention[key][0].float(), weight.float()):
+                raise ConceptError(
+                    f"{attention[key][1].source!r} and {concept.source!r} each trained their own attention weights; "
+                    "one UNet can hold one set: train the concepts together with --concepts_list"
+                )
+            attention.setdefault(key, (weight, concept))
+    return attention, tokens
+
+
+def _find_parameter(unet: nn.Module, key: str, concept: Concept) -> nn.Parameter:
+    name = _KEY.fullmatch(key)
+    assert name is not None, key
+    parameter = name["parameter"]
+    try:
+        module = unet.get_submodule(name["attention"]).get_submodule(name["projection"])
+        if parameter.startswith("0."):
+            module, parameter = module.get_submodule("0"), parameter.removeprefix("0.")
+        # A LoRA that was loaded before wraps the projection; the concept belongs into what it wraps.
+        found = getattr(getattr(module, "base_layer", module), parameter)
+    except AttributeError:
+        raise ConceptError(f"{_trained_on(concept)}; this pipeline's UNet has no {name['attention']}") from None
+    if found.is_meta:
+        raise ConceptError("apply the concept before enabling offloading: the UNet's weights are not in memory")
+    return found
+
+
+def _check_fit(key: str, weight: Tensor, parameter: nn.Parameter, concept: Concept, pipeline: Any) -> None:
+    if weight.shape != parameter.shape:
+        here = getattr(pipeline.unet.config, "_name_or_path", None) or "this pipeline's model"
+        raise ConceptError(
+            f"{_trained_on(concept)}, with {key.split('.processor.')[1]} of shape {tuple(weight.shape)}; "
+            f"{here!r} wants {tuple(parameter.shape)}: load the base model that the concept was trained on"
+        )
+
+
+def _check_tokens(tokens: _Owned, pipeline: Any) -> None:
+    vocabulary = pipeline.tokenizer.get_vocab()
+    width = pipeline.text_encoder.get_input_embeddings().embedding_dim
+    for token, (vector, concept) in tokens.items():
+        if token in vocabulary:
+            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the pipeline's tokenizer already")
+        if vector.shape != (width,):
+            raise ConceptError(
+                f"{_trained_on(concept)}, with {token!r} of shape {tuple(vector.shape)}; this pipeline's text encoder "
+                f"wants {(width,)}: load the base model that the concept was trained on"
+            )
+
+
+def _trained_on(concept: Concept) -> str:
+    return f"{concept.source!r} was trained on {concept.base_model or 'an unnamed base model'!r}"
+
+
+# --- the model card ------------------------------------------------------------------------------
+
+
+def model_card(
+    concept: Concept,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    sample_prompt: str | None = None,
+    sample_images: Sequence[str] = (),
+) -> str:
+    """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample pictures.
+
+    Args:
+        concept: its ``base_model`` is named where there is one.
+        prompts: the instance prompts of the training run.
+        settings: what to tell about the run, for a table; must hold no secret.
+        sample_prompt, sample_images: prompt and file names (beside the card) of pictures to show.
+    """
+    words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
+    prompt = sample_prompt or prompts[0]
+    load_tokens = "".join(
+        f'pipeline.load_textual_inversion(model, weight_name="{token}.bin")\n' for token in concept.tokens
+    )
+    text = f"""# Custom Diffusion: {words}
+
+Cross-attention weights and new words for {concept.base_model or "a Stable Diffusion model that is not public"},
+trained with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/) on:
+
+{_lines(f"- `{prompt}`" for prompt in prompts)}
+
+{_lines(f"![{sample_prompt}](./{name})" for name in sample_images)}
+
+## Use it
+
+With the project that made it:
+
+```bash
+python infer.py --model_dir . --prompt "{prompt}"
+```
+
+With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+model = "."  # this folder, or its name on the Hub
+base_model = "{concept.base_model or "the model above"}"
+pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16).to("cuda")
+pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline=pipeline)
+{load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
+```
+
+## Training
+
+| setting | value |
+|---|---|
+{_lines(f"| {name} | {value} |" for name, value in settings.items())}
+
+The licence of the base model holds for these weights too.
+"""
+    data = ModelCardData(
+        base_model=concept.base_model,
+        # Which licence that is depends on the base model; the Hub wants a name for what is on none of its lists.
+        license="other",
+        license_name="as-the-base-model",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion", "diffusers-training"],
+        instance_prompt=", ".join(prompts),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)

@@ -1,0 +1,373 @@
+"""Pictures and prompts: finding them, reading them as people see them, and making training samples of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from transformers import CLIPTokenizer
+
+logger = logging.getLogger("custom_diffusion")
+
+
+class UsageError(ValueError):
+    """Something that the user gave is wrong; the message is one line that names it and the way out."""
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) picture;
+            these are what Pillow's decoders raise.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I") or image.mode == "F":
+            # 16-bit and float greys: Pillow would clip at 255 and leave a white picture.
+            grey = np.asarray(image, dtype=np.float32)
+            full_scale = 65535 if grey.max() > 255 else 255
+            image = Image.fromarray((grey * (255 / full_scale)).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Split files into those that are pictures and those that are not (or are broken).
+
+    Every file is decoded whole: a truncated photograph shows itself only then, and would stop the run much later.
+    """
+
+    def is_readable(path: Path) -> bool:
+        try:
+            load_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        verdicts = list(pool.map(is_readable, paths))
+    good = [path for path, verdict in zip(paths, verdicts, strict=True) if verdict]
+    bad = [path for path, verdict in zip(paths, verdicts, strict=True) if not verdict]
+    return good, bad
+
+
+def find_instance_images(concepts: Sequence[dict[str, str]]) -> list[tuple[Path, str]]:
+    """All instance pictures with their prompts, in the order of their names.
+
+    Raises:
+        UsageError: for a folder without a readable picture.
+    """
+    pairs, left_out = [], []
+    for concept in concepts:
+        folder = Path(concept["instance_data_dir"])
+        good, bad = readable_images(sorted(path for path in folder.iterdir() if path.is_file()))
+        if not good:
+            raise UsageError(f"there is no readable picture in {str(folder)!r} (instance_data_dir)")
+        pairs += [(path, concept["instance_prompt"]) for path in good]
+        left_out += bad
+    if left_out:
+        logger.warning(f"left out, no readable picture: {', '.join(map(str, left_out))}")
+    return pairs
+
+
+def find_class_images(
+    concepts: Sequence[dict[str, str]], num_class_images: int, real_prior: bool
+) -> list[tuple[Path, str]]:
+    """The class images with their prompts: at most ``num_class_images`` per concept.
+
+    Raises:
+        UsageError: where a concept has too few real class images; the message holds the command that gets them.
+    """
+    pairs, left_out = [], []
+    for concept in concepts:
+        folder = Path(concept["class_data_dir"])
+        if real_prior:
+            captions = dict(_retrieved_images(folder, _retrieve_command(concept, num_class_images)))
+        else:
+            captions = {path: concept["class_prompt"] for path in sorted(folder.iterdir()) if path.is_file()}
+        good, bad, paths = [], [], list(captions)
+        # In portions: replacements for broken ones are found without decoding thousands that are not needed.
+        while paths and len(good) < num_class_images:
+            readable, unreadable = readable_images(paths[:num_class_images])
+            good, bad, paths = good + readable, bad + unreadable, paths[num_class_images:]
+        if real_prior and len(good) < num_class_images:
+            raise UsageError(
+                f"{str(folder)!r} has {len(good)} readable class images of the {num_class_images} wanted; "
+                f"get them with: {_retrieve_command(concept, num_class_images)}"
+            )
+        pairs += [(path, captions[path]) for path in good[:num_class_images]]
+        left_out += bad
+    if left_out:
+        logger.warning(f"left out, no readable picture: {', '.join(map(str, left_out))}")
+    return pairs
+
+
+def _retrieve_command(concept: dict[str, str], num_class_images: int) -> str:
+    command = ["python", "retrieve.py", "--class_prompt", concept["class_prompt"]]
+    return shlex.join(
+        [*command, "--class_data_dir", concept["class_data_dir"], "--num_class_images", str(num_class_images)]
+    )
+
+
+def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
+    """Paths and captions as retrieve.py leaves them: line k of images.txt belongs to line k of caption.txt."""
+    lines = {}
+    for name in ("images.txt", "caption.txt"):
+        try:
+            # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
+            lines[name] = (folder / name).read_text(encoding="utf-8", newline="\n").removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
+    if len(lines["images.txt"]) != len(lines["caption.txt"]):
+        raise UsageError(
+            f"in {str(folder)!r} images.txt has {len(lines['images.txt'])} lines and caption.txt has "
+            f"{len(lines['caption.txt'])}: captions would go to the wrong images; get them anew with: {command}"
+        )
+    pairs = zip(lines["images.txt"], lines["caption.txt"], strict=True)
+    return [
+        (_retrieved_path(folder, name.rstrip("\r")), caption.rstrip("\r")) for name, caption in pairs if name.strip()
+    ]
+
+
+def _retrieved_path(folder: Path, name: str) -> Path:
+    # images.txt holds paths as seen from where retrieve.py ran; a folder that was moved still has its images/.
+    path = Path(name)
+    return path if path.is_file() else folder / "images" / path.name
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+class PromptDataset(Dataset):
+    """The prompts of class images that are to be generated.
+
+    Args:
+        prompt: the class prompt, the same for every image.
+        num_samples: how many images are wanted.
+        taken: numbers that are in use already; new images get the lowest free ones.
+    """
+
+    def __init__(self, prompt: str, num_samples: int, taken: Sequence[int] = ()) -> None:
+        self.prompt = prompt
+        self.numbers = [number for number in range(num_samples + len(taken)) if number not in set(taken)][:num_samples]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt, "index": self.numbers[index]}
+
+
+class CustomDiffusionDataset(Dataset):
+    """Instance pictures (and class images beside them) with their prompts, augmented and tokenised.
+
+    The dataset is an endless stream: item p is sample ``p % len(self)`` of epoch ``p // len(self)``. What it looks
+    like depends on seed, epoch and sample alone, not on workers, processes or restarts, so that a resumed run and
+    a run on several devices see what a single uninterrupted one sees.
+
+    Args:
+        instance_images: paths and prompts, as :func:`find_instance_images` gives them.
+        class_images: alike, as :func:`find_class_images` gives them; none without prior preservation.
+        tokenizer: knows the modifier tokens.
+        size: side of the pictures in pixels.
+        mask_size: side of the latents, ``size`` divided by the VAE's factor.
+        center_crop: crop class images at the centre rather than at random.
+        hflip: mirror half of the pictures.
+        aug: the resize augmentation of the paper's appendix, with its prompt words.
+        seed: seed of the order and of every sample.
+    """
+
+    def __init__(
+        self,
+        instance_images: Sequence[tuple[Path, str]],
+        class_images: Sequence[tuple[Path, str]],
+        tokenizer: CLIPTokenizer,
+        size: int = 512,
+        mask_size: int = 64,
+        center_crop: bool = False,
+        hflip: bool = False,
+        aug: bool = True,
+        seed: int = 42,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.size = size
+        self.mask_size = mask_size
+        self.center_crop = center_crop
+        self.flip_probability = 0.5 if hflip else 0.0
+        self.aug = aug
+        self.seed = seed
+        self.instance_images = instance_images
+        self.class_images = class_images
+        self._order_of: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return max(len(self.instance_images), len(self.class_images))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._order_of is None or self._order_of[0] != epoch:
+            self._order_of = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self)))
+        return self._order_of[1]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """One sample.
+
+        Returns:
+            ``instance_images`` (3, size, size) in [-1, 1], grey outside of a picture that was made smaller;
+            ``mask`` (mask_size, mask_size), 1 where the latents show the picture; ``instance_prompt_ids``
+            (model_max_length,); with prior preservation ``class_images``, ``class_mask`` (all ones) and
+            ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
+        """
+        epoch, sample = divmod(position, len(self))
+        index = int(self._order(epoch)[sample])
+        random = np.random.default_rng((self.seed, epoch, index))
+        path, prompt = self.instance_images[index % len(self.instance_images)]
+        image = load_image(path)
+        if random.random() < self.flip_probability:
+            image = ImageOps.mirror(image)
+        scale, words = self._draw_scale(random)
+        pixels, mask = self.preprocess(image, scale, random)
+        example = {
+            "instance_images": pixels,
+            "mask": mask,
+            "instance_prompt_ids": self._tokenize(words + prompt),
+            "noise_seed": int(random.integers(2**63)),
+        }
+        if self.class_images:
+            path, prompt = self.class_images[index % len(self.class_images)]
+            example["class_images"] = self._preprocess_class_image(load_image(path), random)
+            example["class_mask"] = torch.ones_like(mask)
+            example["class_prompt_ids"] = self._tokenize(prompt)
+        return example
+
+    def _draw_scale(self, random: np.random.Generator) -> tuple[int, str]:
+        """Side of the picture in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
+        if not self.aug:
+            return self.size, ""
+        if random.random() < 0.66:
+            scale = int(random.integers(self.size // 3, self.size + 1))
+        else:
+            scale = int(random.integers(int(1.2 * self.size), max(int(1.4 * self.size), int(1.2 * self.size) + 1)))
+        if scale < 0.6 * self.size:
+            return scale, str(random.choice(["a far away ", "very small "]))
+        if scale > self.size:
+            return scale, str(random.choice(["zoomed in ", "close up "]))
+        return scale, ""
+
+    def preprocess(self, image: Image.Image, scale: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Lay the centre square of ``image``, ``scale`` pixels wide, on a grey canvas, or crop it to the canvas.
+
+        The example squashes the whole picture into the square; the authors' code keeps its proportions, and so does
+        this.
+
+        Returns:
+            The pixels (3, size, size) in [-1, 1] and the mask (mask_size, mask_size) of latents inside the picture.
+        """
+        square = ImageOps.fit(image, (scale, scale), Image.Resampling.BILINEAR)
+        pixels = _to_tensor(square)
+        top, left = (int(random.integers(abs(scale - self.size) + 1)) for _ in range(2))
+        if scale > self.size:
+            return pixels[:, top : top + self.size, left : left + self.size], torch.ones(self.mask_size, self.mask_size)
+        canvas = torch.zeros(3, self.size, self.size)
+        canvas[:, top : top + scale, left : left + scale] = pixels
+        mask = torch.zeros(self.mask_size, self.mask_size)
+        factor = self.size // self.mask_size
+        mask[slice(*_cells_inside(top, scale, factor)), slice(*_cells_inside(left, scale, factor))] = 1.0
+        return canvas, mask
+
+    def _preprocess_class_image(self, image: Image.Image, random: np.random.Generator) -> Tensor:
+        if random.random() < self.flip_probability:
+            image = ImageOps.mirror(image)
+        image = TF.resize(image, [self.size], InterpolationMode.BILINEAR)
+        width, height = image.size
+        if self.center_crop:
+            return _to_tensor(TF.center_crop(image, [self.size, self.size]))
+        top = int(random.integers(height - self.size + 1))
+        left = int(random.integers(width - self.size + 1))
+        return _to_tensor(TF.crop(image, top, left, self.size, self.size))
+
+    def _tokenize(self, prompt: str) -> Tensor:
+        return self.tokenizer(
+            prompt,
+            truncation=True,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids[0]
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """(3, height, width) in [-1, 1]."""
+    return TF.pil_to_tensor(image).float() / 127.5 - 1.0
+
+
+def _cells_inside(start: int, length: int, factor: int) -> tuple[int, int]:
+    """First and last + 1 of the latents that see only picture, in one dimension.
+
+    One latent on either side is left out as in the example, because it also sees the canvas. Where a picture is so
+    small that nothing would remain, its middle latent stays: an empty mask would make the loss 0 / 0.
+    """
+    first, end = start // factor + 1, (start + length) // factor - 1
+    if first >= end:
+        first = (start + length // 2) // factor
+        end = first + 1
+    return first, end
+
+
+def collate_fn(
+    examples: Sequence[dict[str, Any]], with_prior_preservation: bool, latent_channels: int, num_train_timesteps: int
+) -> dict[str, Tensor]:
+    """Batch samples, instance pictures first and class images behind them, with what diffusion draws for each.
+
+    Noise and timesteps are drawn here, on the CPU and from each sample's own seed: they are then the same on every
+    device, for any split of the batch over processes, and after every restart, and cost the training loop nothing.
+
+    Returns:
+        ``pixel_values`` (N, 3, size, size), ``mask`` (N, 1, mask_size, mask_size), ``input_ids`` (N, length),
+        ``noise`` and ``posterior_noise`` (N, latent_channels, mask_size, mask_size), ``timesteps`` (N,),
+        where N is the number of examples, doubled with prior preservation.
+    """
+    kinds = [("instance_images", "mask", "instance_prompt_ids")]
+    if with_prior_preservation:
+        kinds.append(("class_images", "class_mask", "class_prompt_ids"))
+    generators = [torch.Generator().manual_seed(example["noise_seed"]) for example in examples]
+    batch: dict[str, list[Tensor]] = {
+        name: [] for name in ("pixel_values", "mask", "input_ids", "noise", "posterior_noise", "timesteps")
+    }
+    for pixels, mask, prompt_ids in kinds:
+        for example, generator in zip(examples, generators, strict=True):
+            shape = (latent_channels, *example[mask].shape)
+            batch["pixel_values"].append(example[pixels])
+            batch["mask"].append(example[mask].unsqueeze(0))
+            batch["input_ids"].append(example[prompt_ids])
+            batch["noise"].append(torch.randn(shape, generator=generator))
+            batch["posterior_noise"].append(torch.randn(shape, generator=generator))
+            batch["timesteps"].append(torch.randint(num_train_timesteps, (), generator=generator))
+    return {name: torch.stack(values) for name, values in batch.items()}
+
+
+def position_batches(first: int, count: int, batch_size: int, process: int, num_processes: int) -> list[range]:
+    """Which items of the stream this process takes: batches ``first`` to ``first + count - 1`` of its own.
+
+    All processes together walk through the stream without gap or overlap, so two with a batch of one see what one
+    with a batch of two sees.
+    """
+    starts = ((batch * num_processes + process) * batch_size for batch in range(first, first + count))
+    return [range(start, start + batch_size) for start in starts]

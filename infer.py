@@ -1,0 +1,230 @@
+"""Make pictures of a learned concept: ``python infer.py --prompt "<new1> cat"``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm.auto import tqdm
+
+from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept, write_whole
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# fmt: off
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; prompts of ``--prompts_file`` join those of ``--prompt``."""
+    parser = argparse.ArgumentParser(
+        description="Make pictures of a concept that train_custom_diffusion.py has learned.",
+        usage="%(prog)s --prompt '<new1> cat in a bucket' [--prompt ...] [more options: --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--prompt", action="extend", nargs="+", default=[], help="One or several prompts with a learned token.")
+    add("--prompts_file", help="Text file with one prompt per line, after those of --prompt.")
+    add("--model_dir", nargs="+", default=["custom-diffusion-model"],
+        help="Output folder of a training run, one of its checkpoints, or a Hub id; several are applied together.")
+    add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concept's card names.")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="Variant of the base model's files, such as fp16.")
+    add("--num_images", type=int, default=1, help="Pictures per prompt.")
+    add("--batch_size", type=int, default=1, help="Pictures made at once; more is faster and takes more memory.")
+    add("--seed", type=int, default=42, help="Picture i of each prompt starts from the noise of seed + i.")
+    add("--num_inference_steps", type=int, default=100, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=6.0, help="How strictly the prompt is followed.")
+    add("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
+    add("--height", type=int, help="Height in pixels; if not given, the base model's.")
+    add("--width", type=int, help="Width in pixels; if not given, the base model's.")
+    add("--negative_prompt", help="What should not be in the pictures.")
+    add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
+    add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU and fp32 on a CPU.")
+    add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
+    add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
+    add("--output_dir", default="samples", help="Where the pictures are written; none there is replaced.")
+    args = parser.parse_args(argv)
+
+    if args.prompts_file is not None:
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
+        args.prompt += [line.strip() for line in lines if line.strip()]
+    if not args.prompt:
+        parser.error("give a prompt, such as --prompt '<new1> cat'")
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    for name in ("height", "width"):
+        if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):
+            parser.error(f"--{name} {getattr(args, name)} is no multiple of 8, which the VAE needs")
+    return args
+# fmt: on
+
+
+def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> DiffusionPipeline:
+    """The base model with the concepts applied, on its device.
+
+    Raises:
+        ConceptError: where no base model is known or it cannot be loaded, or a concept does not fit it.
+    """
+    known = (concept.base_model for concept in concepts if concept.base_model)
+    base = args.pretrained_model_name_or_path or next(known, None)
+    if base is None:
+        raise ConceptError(
+            f"the card of {args.model_dir[0]!r} names no base model: give --pretrained_model_name_or_path"
+        )
+    if not Path(base).is_dir() and not is_hub_id(base):
+        raise ConceptError(f"there is no base model folder {base!r}: give --pretrained_model_name_or_path")
+    device = args.device or _best_device()
+    dtype = DTYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(base, revision=args.revision, variant=args.variant, dtype=dtype)
+    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, ...
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConceptError(f"cannot load the base model {base!r}: {reason}") from error
+    apply_concepts(pipeline, *concepts, scale=args.scale)
+    pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConceptError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def warn_of_missing_tokens(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Say which prompts do not name a concept: the commonest reason for pictures that do not show it."""
+    tokens = [token for concept in concepts for token in concept.tokens]
+    for prompt in prompts:
+        if tokens and not any(token in prompt for token in tokens):
+            print(f"warning: {prompt!r} has none of the learned tokens ({', '.join(tokens)})", file=sys.stderr)
+
+
+def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list[Path]]:
+    """Make and write all pictures; gives the paths, one list per prompt."""
+    folder = Path(args.output_dir)
+    jobs = [(row, number) for row in range(len(args.prompt)) for number in range(args.num_images)]
+    first = _first_free_number(folder)
+    paths: list[list[Path]] = [[] for _ in args.prompt]
+    pipeline.set_progress_bar_config(leave=False, desc="denoising")
+    with tqdm(total=len(jobs), unit="picture") as progress:
+        for start in range(0, len(jobs), args.batch_size):
+            batch = jobs[start : start + args.batch_size]
+            prompts = [args.prompt[row] for row, _ in batch]
+            images = pipeline(
+                prompts,
+                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                height=args.height,
+                width=args.width,
+                # A generator of its own for every picture, on the CPU: the same picture in any batch, on any device.
+                generator=[torch.Generator().manual_seed(args.seed + number) for _, number in batch],
+            ).images
+            for offset, ((row, number), image) in enumerate(zip(batch, images, strict=True)):
+                name = f"{first + start + offset:05d}_{_slug(args.prompt[row])}_seed{args.seed + number}.png"
+                save_picture(folder / name, image, args, args.prompt[row], args.seed + number)
+                paths[row].append(folder / name)
+            progress.update(len(batch))
+    return paths
+
+
+def _first_free_number(folder: Path) -> int:
+    numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5,})_", path.name))]
+    return max(numbers, default=-1) + 1
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def save_picture(path: Path, image: Image.Image, args: argparse.Namespace, prompt: str, seed: int) -> None:
+    """Write a PNG that says in its metadata how it was made: ``prompt``, ``seed`` and ``settings`` (JSON)."""
+    names = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt("prompt", prompt)
+    metadata.add_text("seed", str(seed))
+    metadata.add_itxt("settings", json.dumps({name: getattr(args, name) for name in names}))
+    write_whole(path, lambda file: image.save(file, "PNG", pnginfo=metadata))
+
+
+def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str], side: int = 256) -> Image.Image:
+    """All pictures small on one: a labelled row per prompt.
+
+    Args:
+        rows: the pictures' paths.
+        labels: the text above each row.
+        side: the longest side of a picture in pixels.
+    """
+    font = ImageFont.load_default(16)
+    band = 24
+    sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (paths, label) in enumerate(zip(rows, labels, strict=True)):
+        top = row * (side + band)
+        draw.text((4, top + 2), label, fill="black", font=font)
+        for column, path in enumerate(paths):
+            with Image.open(path) as image:
+                image.thumbnail((side, side))
+                sheet.paste(image, (column * side, top + band))
+    return sheet
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, apply, generate, and say where the pictures are."""
+    args = parse_args(argv)
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+    concepts = [load_concept(source) for source in args.model_dir]
+    warn_of_missing_tokens(args.prompt, concepts)
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConceptError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConceptError(f"--output_dir {args.output_dir!r} cannot be written to")
+    paths = generate(load_pipeline(args, concepts), args)
+    sheet = contact_sheet(paths, args.prompt)
+    write_whole(folder / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
+    print(f"{sum(map(len, paths))} pictures in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConceptError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1307 @@
+"""Teach a Stable Diffusion model new concepts from a few pictures of each, with Custom Diffusion.
+
+Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023 (arXiv 2212.04488): fine-tune the
+key and value projections of the UNet's cross-attention and one new word per concept, on the pictures plus class
+images that keep what the model knew. This file reads in that order: arguments, data, tokens, attention, loss,
+class images, loop, saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
+from diffusers.optimization import SchedulerType, get_scheduler
+from huggingface_hub import CommitOperationAdd, HfApi
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from concept import (
+    CARD_NAME,
+    Concept,
+    ConceptError,
+    check_token_name,
+    is_hub_id,
+    load_concept,
+    model_card,
+    save_concept,
+    write_whole,
+)
+from data import (
+    CustomDiffusionDataset,
+    PromptDataset,
+    UsageError,
+    collate_fn,
+    find_class_images,
+    find_instance_images,
+    position_batches,
+    readable_images,
+)
+
+logger = logging.getLogger("custom_diffusion")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def switch(text: str) -> bool:
+    """An argparse type for switches that are also written ``--real_prior=True``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+# fmt: off
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of diffusers' example, flag for flag."""
+    parser = argparse.ArgumentParser(
+        description="Teach a Stable Diffusion model new concepts from a few pictures of each (Custom Diffusion).",
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES "
+              "--instance_prompt 'photo of a <new1> cat' --modifier_token '<new1>' [more options: --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    is_on = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+
+    add = parser.add_argument_group("base model").add_argument
+    add("--pretrained_model_name_or_path", required=True,
+        help="Folder or Hub id of a Stable Diffusion 1.x or 2.x model.")
+    add("--revision", help="Branch, tag or commit of the model on the Hub.")
+    add("--variant", help="Variant of the model's files, such as fp16.")
+    add("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's.")
+
+    add = parser.add_argument_group("concepts").add_argument
+    add("--instance_data_dir", help="Folder with four or five pictures of the concept.")
+    add("--instance_prompt", help="Prompt that names the concept, such as 'photo of a <new1> cat'.")
+    add("--modifier_token", help="The concept's new word; several are joined with '+': '<new1>+<new2>'. "
+        "Without it only the attention is trained.")
+    add("--initializer_token", default="ktn+pll+ucd",
+        help="Where the new words start from, joined with '+': entries of the vocabulary ('ktn', or 'cat</w>' for the "
+        "whole word cat), or else words that are one token.")
+    add("--concepts_list", help="JSON file with several concepts: a list of {instance_prompt, class_prompt, "
+        "instance_data_dir, class_data_dir}. Replaces the four flags of these names.")
+    add("--hflip", **is_on, help="Mirror half of the pictures.")
+    add("--noaug", **is_on, help="No resize augmentation of the instance pictures.")
+    add("--resolution", type=positive_int, default=512,
+        help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
+    add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **is_on, help="Also train on class images, so that the class keeps its look.")
+    add("--real_prior", **is_on, help="The class images are real ones with captions, as retrieve.py brings them.")
+    add("--class_data_dir", help="Folder of class images; without --real_prior, missing ones are generated into it.")
+    add("--class_prompt", help="Prompt of the class, such as 'cat'.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
+    add("--num_class_images", type=positive_int, default=200, help="How many class images each concept has.")
+    add("--sample_batch_size", type=positive_int, default=4, help="Class images generated at once, per device.")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
+        help="Precision of that generation; if not given, fp16 on a GPU and fp32 on a CPU.")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="custom-diffusion-model", help="Where everything is written.")
+    add("--seed", type=int, default=42, help="Seed of everything random.")
+    add("--train_batch_size", type=positive_int, default=4,
+        help="Instance pictures per step and device, and as many class images.")
+    add("--num_train_epochs", type=positive_int, default=1,
+        help="Passes over the pictures, where --max_train_steps is not given.")
+    add("--max_train_steps", type=positive_int, help="Optimizer steps: 250 for one concept, 500 for two.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
+    add("--gradient_checkpointing", **is_on, help="Less memory, slower steps.")
+    add("--learning_rate", type=float, default=1e-5, help="Learning rate, before --scale_lr.")
+    add("--scale_lr", **is_on,
+        help="Multiply it by batch size, processes and accumulation, and by 2 with prior preservation.")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType],
+        help="Schedule of the learning rate.")
+    add("--lr_warmup_steps", type=int, default=500, help="Warm-up steps of the schedules that have a warm-up.")
+    add("--dataloader_num_workers", type=int, default=2,
+        help="Processes that load pictures; the result is the same for any number.")
+    add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
+        help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
+    add("--use_8bit_adam", **is_on, help="8-bit Adam; needs requirements-8bit.txt.")
+    add("--adam_beta1", type=float, default=0.9, help="Adam's first beta.")
+    add("--adam_beta2", type=float, default=0.999, help="Adam's second beta.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="Adam's weight decay.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
+    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    add("--set_grads_to_none", **is_on, help="Drop gradients between steps rather than zero them.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="Precision of the frozen model; what is trained stays fp32. If not given, accelerate's configuration.")
+    add("--allow_tf32", **is_on, help="TF32 matrix products, on Ampere GPUs and later.")
+    add("--enable_xformers_memory_efficient_attention", **is_on,
+        help="xFormers' attention; needs a CUDA GPU and requirements-xformers.txt.")
+    add("--local_rank", type=int, default=-1, help="Set by launchers of several processes.")
+
+    add = parser.add_argument_group("checkpoints and validation").add_argument
+    add("--checkpointing_steps", type=positive_int, default=250,
+        help="Steps between checkpoints; each can be resumed from, and looked at with infer.py.")
+    add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints are kept.")
+    add("--resume_from_checkpoint",
+        help="Checkpoint in --output_dir to go on from, such as 'checkpoint-250', or 'latest'.")
+    add("--validation_prompt", help="Prompt of pictures that show the progress, such as '<new1> cat in a bucket'.")
+    add("--num_validation_images", type=int, default=2, help="How many of them.")
+    add("--validation_steps", type=positive_int, default=50, help="Steps between them.")
+
+    add = parser.add_argument_group("output and logging").add_argument
+    add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
+    add("--report_to", default="tensorboard", choices=[*map(str, LoggerType), "none"],
+        help="Where losses and pictures are logged; wandb needs requirements-wandb.txt.")
+    add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
+    add("--push_to_hub", **is_on, help="Upload the result to the Hub.")
+    add("--hub_token", help="Token for that; `hf auth login` keeps it off the command line.")
+    add("--hub_model_id", help="Repository to upload to; if not given, the name of --output_dir.")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, and check what can be checked before anything is read.
+
+    Raises:
+        SystemExit: as argparse does, after a usage line and one line that names what is wrong.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    if args.concepts_list is None:
+        if args.instance_data_dir is None or args.instance_prompt is None:
+            parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
+        if args.with_prior_preservation and (args.class_data_dir is None or args.class_prompt is None):
+            parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt (or --concepts_list)")
+    if args.real_prior and not args.with_prior_preservation:
+        parser.error("--real_prior says which class images to use, but without --with_prior_preservation none are used")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
+    if args.num_validation_images < 0 or args.lr_warmup_steps < 0 or args.dataloader_num_workers < 0:
+        parser.error("--num_validation_images, --lr_warmup_steps and --dataloader_num_workers cannot be negative")
+    if args.enable_xformers_memory_efficient_attention:
+        # On a CPU xFormers imports and diffusers calls it available, but every call of it fails.
+        if not torch.cuda.is_available():
+            parser.error(
+                "--enable_xformers_memory_efficient_attention needs a CUDA GPU, and there is none: leave it out"
+            )
+        _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "requirements-xformers.txt")
+    if args.use_8bit_adam:
+        _require(parser, "bitsandbytes", "--use_8bit_adam", "requirements-8bit.txt")
+    if args.report_to in ("wandb", "tensorboard"):
+        _require(
+            parser,
+            args.report_to,
+            f"--report_to={args.report_to}",
+            f"requirements{'-wandb' * (args.report_to == 'wandb')}.txt",
+        )
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision=fp16 needs a GPU, and there is none: use bf16 or leave it out")
+    return args
+
+
+def _require(parser: argparse.ArgumentParser, package: str, flag: str, requirements: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        parser.error(f"{flag} needs the package {package}: pip install -r {requirements}")
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
+
+    Returns:
+        One dictionary per concept with ``instance_prompt`` and ``instance_data_dir``, and with prior preservation
+        ``class_prompt`` and ``class_data_dir``.
+
+    Raises:
+        UsageError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
+    """
+    needed = ["instance_prompt", "instance_data_dir"]
+    needed += ["class_prompt", "class_data_dir"] * args.with_prior_preservation
+    if args.concepts_list is None:
+        concepts = [{key: getattr(args, key) for key in needed}]
+    else:
+        concepts = _read_json(args.concepts_list)
+        if not isinstance(concepts, list) or not concepts or not all(isinstance(entry, dict) for entry in concepts):
+            raise UsageError(
+                f"{args.concepts_list} must hold a list of concepts, each an object with {', '.join(needed)}"
+            )
+        for number, concept in enumerate(concepts, 1):
+            for key in needed:
+                if not isinstance(concept.get(key), str) or not concept[key]:
+                    raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
+    for concept in concepts:
+        if not Path(concept["instance_data_dir"]).is_dir():
+            raise UsageError(f"there is no folder {concept['instance_data_dir']!r} (instance_data_dir)")
+    return concepts
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # broken JSON and text that is not UTF-8
+        raise UsageError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModifierTokens:
+    """The new words and where they start from.
+
+    Attributes:
+        tokens: such as ``["<new1>", "<new2>"]``; empty where only the attention is trained.
+        ids: their ids in the tokenizer, consecutive and behind the whole vocabulary.
+        initializer_ids: the vocabulary entries whose embeddings they start from.
+    """
+
+    tokens: list[str]
+    ids: list[int]
+    initializer_ids: list[int]
+
+
+def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[dict[str, str]]) -> tuple[list[str], list[str]]:
+    """Modifier and initializer tokens of the command line, checked as far as that goes without a tokenizer.
+
+    Raises:
+        UsageError, ConceptError: for names that cannot be used, too few initializers, or a token that no prompt has.
+    """
+    if args.modifier_token is None:
+        return [], []
+    tokens, initializers = args.modifier_token.split("+"), args.initializer_token.split("+")
+    for token in tokens:
+        check_token_name(token)
+        if tokens.count(token) > 1:
+            raise UsageError(f"--modifier_token has {token!r} twice")
+        if not any(token in concept["instance_prompt"] for concept in concepts):
+            prompts = ", ".join(repr(concept["instance_prompt"]) for concept in concepts)
+            raise UsageError(
+                f"the modifier token {token!r} is in no instance prompt ({prompts}), so it would learn nothing"
+            )
+    if len(initializers) < len(tokens):
+        raise UsageError(
+            f"--initializer_token has {len(initializers)} entries for {len(tokens)} modifier tokens: "
+            "give one for each, joined with '+'"
+        )
+    for concept in concepts:
+        if not any(token in concept["instance_prompt"] for token in tokens):
+            logger.warning(f"the instance prompt {concept['instance_prompt']!r} has none of the modifier tokens")
+    return tokens, initializers[: len(tokens)]
+
+
+def add_modifier_tokens(tokenizer: CLIPTokenizer, tokens: Sequence[str], initializers: Sequence[str]) -> ModifierTokens:
+    """Add the new words to the tokenizer, and find where each starts from.
+
+    An initializer is looked up as a vocabulary entry first: the default ``ktn`` is an entry that occurs only inside
+    words (the rarest make the most neutral start), and as a word of its own it would be two tokens.
+
+    Raises:
+        UsageError: for a token that is in the vocabulary, or an initializer of several tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    initializer_ids = []
+    for token, initializer in zip(tokens, initializers, strict=True):
+        if token in vocabulary or f"{token}</w>" in vocabulary:
+            raise UsageError(
+                f"the modifier token {token!r} is in the tokenizer's vocabulary already; take another, such as '<new1>'"
+            )
+        ids = (
+            [vocabulary[initializer]]
+            if initializer in vocabulary
+            else tokenizer(initializer, add_special_tokens=False).input_ids
+        )
+        if len(ids) != 1:
+            raise UsageError(
+                f"the initializer {initializer!r} of {token!r} is {len(ids)} tokens and must be one; take a common word"
+            )
+        initializer_ids += ids
+        logger.info(f"{token} starts from vocabulary entry {ids[0]}, {tokenizer.convert_ids_to_tokens(ids[0])!r}")
+    tokenizer.add_tokens(list(tokens))
+    return ModifierTokens(list(tokens), tokenizer.convert_tokens_to_ids(list(tokens)), initializer_ids)
+
+
+class ModifierTokenEmbedding(nn.Module):
+    """The text encoder's embedding table with trainable rows for the modifier tokens behind it.
+
+    Only the rows are a parameter that trains: the table has no gradient, no optimizer state and no weight decay.
+
+    Args:
+        table: the frozen table, (vocabulary size, width).
+        first_id: id of the first modifier token; all ids from there on are modifier tokens.
+        rows: what they start from, (number of tokens, width), float32.
+    """
+
+    def __init__(self, table: nn.Embedding, first_id: int, rows: Tensor) -> None:
+        super().__init__()
+        # The table is the first submodule because libraries take a model's first parameter for its type.
+        self.table = table
+        self.rows = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.first_id = first_id
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) ids to (batch, length, width) embeddings in the table's type."""
+        is_modifier = input_ids >= self.first_id
+        known = self.table(input_ids.masked_fill(is_modifier, 0))
+        learned = self.rows((input_ids - self.first_id).clamp(min=0)).to(known.dtype)
+        return torch.where(is_modifier.unsqueeze(-1), learned, known)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+class CustomDiffusionAttnProcessor(nn.Module):
+    """Cross-attention with trainable copies of its projections.
+
+    The copies are float32 whatever the type of the frozen model: at a learning rate of 1e-5 the updates would round
+    away in 16 bits. Parameter names are those of diffusers' Custom Diffusion processors, and so are the saved keys.
+
+    Args:
+        attention: the layer, in full precision; keys and values are copied from it.
+        train_q_out: copy query and output projections too (``--freeze_model crossattn``).
+        use_xformers: xFormers' kernel rather than torch's.
+    """
+
+    def __init__(self, attention: Attention, train_q_out: bool, use_xformers: bool = False) -> None:
+        super().__init__()
+        self.train_q_out = train_q_out
+        self.use_xformers = use_xformers
+        self.to_k_custom_diffusion = _trainable_copy(attention.to_k)
+        self.to_v_custom_diffusion = _trainable_copy(attention.to_v)
+        if train_q_out:
+            self.to_q_custom_diffusion = _trainable_copy(attention.to_q)
+            self.to_out_custom_diffusion = nn.ModuleList([_trainable_copy(attention.to_out[0])])
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, pixels, hidden size), attending to text features (batch, length, text width)."""
+        batch_size, _, inner_dim = hidden_states.shape
+        if attention_mask is not None:
+            raise NotImplementedError("Custom Diffusion trains without an attention mask")
+        query_projection = self.to_q_custom_diffusion if self.train_q_out else attn.to_q
+        out_projection = self.to_out_custom_diffusion[0] if self.train_q_out else attn.to_out[0]
+        query = _project(query_projection, hidden_states)
+        # The start-of-text token says nothing about the concept, and takes most of the attention: no gradient
+        # from it (the authors' code).
+        key = _detach_first(_project(self.to_k_custom_diffusion, encoder_hidden_states))
+        value = _detach_first(_project(self.to_v_custom_diffusion, encoder_hidden_states))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        if self.use_xformers:
+            from xformers.ops import memory_efficient_attention
+
+            attended = memory_efficient_attention(query, key, value, scale=attn.scale)
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            attended = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2)
+        return _project(out_projection, attended.reshape(batch_size, -1, inner_dim))
+
+
+def _trainable_copy(linear: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device=linear.weight.device)
+    copy.load_state_dict(linear.state_dict())
+    return copy.requires_grad_(True)
+
+
+def _project(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a projection in the type of its input, whatever type its weights are kept in."""
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, linear.weight.to(x.dtype), bias)
+
+
+def _detach_first(x: Tensor) -> Tensor:
+    """(batch, length, channels) without gradient through the first position."""
+    return torch.cat([x[:, :1].detach(), x[:, 1:]], dim=1)
+
+
+def swap_attention_processors(unet: UNet2DConditionModel, train_q_out: bool, use_xformers: bool = False) -> None:
+    """Give every cross-attention layer (``attn2``) of the UNet trainable projections; self-attention stays as it is."""
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn2.processor"):
+            processors[name] = CustomDiffusionAttnProcessor(attention, train_q_out, use_xformers)
+        elif use_xformers:
+            processors[name] = XFormersAttnProcessor()
+    unet.set_attn_processor(processors)
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+def custom_diffusion_loss(
+    prediction: Tensor, target: Tensor, mask: Tensor, prior_loss_weight: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked loss on instance pictures plus weighted prior loss on class images.
+
+    Args:
+        prediction, target: (N, C, H, W), in any floating type. With prior preservation the second half are class
+            images.
+        mask: (N, 1, H, W), 1 where the loss of an instance picture counts. Each picture's loss is the sum over the
+            masked latents divided by the mask's area, as in the example.
+        prior_loss_weight: None without prior preservation.
+
+    Returns:
+        The loss to minimise, the instance loss and the prior loss (0 without prior), float32 scalars.
+    """
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if prior_loss_weight is None:
+        instance_error, prior_loss = error, error.new_zeros(())
+    else:
+        instance_error, prior_error = error.chunk(2)
+        mask = mask.chunk(2)[0]
+        prior_loss = prior_error.mean()
+    instance_loss = ((instance_error * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+    return instance_loss + (prior_loss_weight or 0.0) * prior_loss, instance_loss, prior_loss
+
+
+class CustomDiffusion(nn.Module):
+    """Text encoder and UNet with what is trained in them; its forward pass is the training objective.
+
+    It is one module so that DistributedDataParallel, gradient accumulation and compilation see all of it: the
+    example wraps only a holder of the processors, and its processes drift apart.
+
+    Args:
+        text_encoder, unet: in full precision; both are frozen here.
+        noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
+        modifier_tokens: see :func:`add_modifier_tokens`.
+        train_q_out, use_xformers: see :class:`CustomDiffusionAttnProcessor`.
+        prior_loss_weight: None without prior preservation.
+    """
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        modifier_tokens: ModifierTokens,
+        train_q_out: bool = False,
+        use_xformers: bool = False,
+        prior_loss_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder.requires_grad_(False)
+        self.unet = unet.requires_grad_(False)
+        self.noise_scheduler = noise_scheduler
+        self.modifier_tokens = modifier_tokens
+        self.prior_loss_weight = prior_loss_weight
+        if modifier_tokens.tokens:
+            table = text_encoder.get_input_embeddings()
+            rows = table.weight.detach()[modifier_tokens.initializer_ids].float().clone()
+            text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[0], rows))
+        swap_attention_processors(unet, train_q_out, use_xformers)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold all that is not trained in ``dtype``; what is trained stays float32."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def encode_prompts(self, input_ids: Tensor) -> Tensor:
+        """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.modifier_tokens.tokens)):
+            return self.text_encoder(input_ids)[0]
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of :func:`custom_diffusion_loss` for one batch.
+
+        Args:
+            latents, noise: (N, C, H, W), float32; latents already scaled by the VAE's factor.
+            timesteps: (N,).
+            input_ids: (N, length).
+            mask: (N, 1, H, W).
+        """
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = noise
+        text_features = self.encode_prompts(input_ids)
+        prediction = self.unet(noisy_latents.to(self.unet.dtype), timesteps, text_features).sample
+        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
+
+    def learned(self, base_model: str) -> Concept:
+        """What was learned so far, as :mod:`concept` stores it."""
+        attention = {
+            f"{name}.{key}": value
+            for name, processor in self.unet.attn_processors.items()
+            if isinstance(processor, CustomDiffusionAttnProcessor)
+            for key, value in processor.state_dict().items()
+        }
+        names = self.modifier_tokens.tokens
+        rows = self.text_encoder.get_input_embeddings().rows.weight.detach() if names else []
+        return Concept(attention, dict(zip(names, rows, strict=True)), base_model)
+
+    @torch.no_grad()
+    def restore(self, concept: Concept) -> None:
+        """Go on from what :meth:`learned` gave.
+
+        Raises:
+            UsageError: where the concept does not have the same tokens and projections.
+        """
+        current = self.learned(base_model="")
+        stored = concept.attention | concept.tokens
+        for name, value in (current.attention | current.tokens).items():
+            if name not in stored or stored[name].shape != value.shape:
+                raise UsageError(
+                    f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
+                    "--modifier_token and --freeze_model"
+                )
+            value.copy_(stored[name])
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixel_values: Tensor, posterior_noise: Tensor) -> Tensor:
+    """Pixels (N, 3, H, W) in [-1, 1] to scaled latents (N, C, h, w), float32, sampled with the given noise."""
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * posterior_noise) * vae.config.scaling_factor
+
+
+# --- the base model ------------------------------------------------------------------------------
+
+
+def load_pretrained(loader: Callable, args: argparse.Namespace, subfolder: str | None, **options: Any) -> Any:
+    """Call a ``from_pretrained`` or ``load_config`` on the base model.
+
+    Raises:
+        UsageError: in one line, where the libraries' errors are pages.
+    """
+    name = args.pretrained_model_name_or_path
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UsageError(f"there is no model folder {name!r} (--pretrained_model_name_or_path)")
+    if subfolder is not None:
+        options["subfolder"] = subfolder
+    try:
+        return loader(name, revision=args.revision, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        what = subfolder or "model_index.json"
+        raise UsageError(f"cannot load the {what} of {name!r} (--pretrained_model_name_or_path): {reason}") from error
+
+
+def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
+    """The base model's tokenizer, or that of ``--tokenizer_name``."""
+    if args.tokenizer_name is None:
+        return load_pretrained(CLIPTokenizer.from_pretrained, args, "tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer {args.tokenizer_name!r} (--tokenizer_name)") from error
+
+
+def check_base_model(args: argparse.Namespace) -> tuple[DDPMScheduler, int, int]:
+    """Look at the model's configuration files, which are small, before any weights are read.
+
+    Returns:
+        The noise scheduler, the number of latent channels and the side of the latents.
+
+    Raises:
+        UsageError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
+    """
+    index = load_pretrained(DiffusionPipeline.load_config, args, None)
+    if "text_encoder_2" in index or "unet" not in index:
+        raise UsageError(
+            f"{args.pretrained_model_name_or_path!r} is a {index.get('_class_name')}: "
+            "Stable Diffusion 1.x and 2.x can be trained so far"
+        )
+    noise_scheduler = load_pretrained(DDPMScheduler.from_pretrained, args, "scheduler")
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UsageError(
+            f"the base model predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
+        )
+    vae_config = load_pretrained(AutoencoderKL.load_config, args, "vae")
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if args.resolution % factor:
+        below = args.resolution // factor * factor
+        raise UsageError(
+            f"--resolution {args.resolution} is no multiple of {factor}, which the VAE needs: "
+            f"take {below or factor} or {below + factor}"
+        )
+    return noise_scheduler, vae_config["latent_channels"], args.resolution // factor
+
+
+# --- class images --------------------------------------------------------------------------------
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed below 2^63 that differs wherever one of the parts does."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate_class_images(
+    args: argparse.Namespace, concepts: Sequence[dict[str, str]], accelerator: Accelerator
+) -> None:
+    """Generate the class images that are missing; what is there already stays and counts.
+
+    Image k of a prompt has a noise of its own, made from seed, prompt and k: no two are alike, on however many
+    processes, and an interrupted generation goes on with the images it would have made.
+    """
+    missing = []
+    for concept in concepts:
+        folder = Path(concept["class_data_dir"])
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        present, _ = readable_images([path for path in folder.iterdir() if path.is_file()])
+        numbers = [int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdecimal()]
+        # Every process has to count before one of them writes.
+        accelerator.wait_for_everyone()
+        if len(present) < args.num_class_images:
+            missing.append(
+                (folder, PromptDataset(concept["class_prompt"], args.num_class_images - len(present), numbers))
+            )
+    if not missing:
+        return
+
+    default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
+    precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    pipeline = load_pretrained(
+        DiffusionPipeline.from_pretrained,
+        args,
+        None,
+        dtype=precisions.get(args.prior_generation_precision, default),
+        variant=args.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+    ).to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    for folder, prompts in missing:
+        share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
+        progress = tqdm(
+            total=len(prompts),
+            desc=f"Class images of {prompts.prompt!r}",
+            unit="image",
+            disable=not accelerator.is_local_main_process,
+        )
+        for batch in DataLoader(share, batch_size=args.sample_batch_size):
+            numbers = batch["index"].tolist()
+            generators = [
+                torch.Generator().manual_seed(derived_seed(args.seed, prompts.prompt, number)) for number in numbers
+            ]
+            images = pipeline(batch["prompt"], generator=generators).images
+            for number, image in zip(numbers, images, strict=True):
+                digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
+                write_whole(
+                    folder / f"{number}-{digest}.jpg", lambda file, image=image: image.save(file, "JPEG", quality=95)
+                )
+            progress.update(min(len(numbers) * accelerator.num_processes, len(prompts) - progress.n))
+        progress.close()
+    del pipeline
+    gc.collect()
+    torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step that a checkpoint was written after."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    Raises:
+        UsageError: for a named checkpoint that is not there.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    present = list_checkpoints(Path(args.output_dir))
+    if args.resume_from_checkpoint == "latest":
+        if not present:
+            logger.info(
+                f"--resume_from_checkpoint latest: no checkpoint is in {args.output_dir!r}, so training starts afresh"
+            )
+        return present[-1] if present else None
+    wanted = Path(args.resume_from_checkpoint).name
+    for path in present:
+        if path.name == wanted:
+            return path
+    names = ", ".join(path.name for path in present) or "none"
+    raise UsageError(f"there is no checkpoint {wanted!r} in {args.output_dir!r} (there: {names})")
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
+
+    It gets its name only when it is complete, and older ones beyond the limit go only after that.
+    """
+    accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
+    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        concept = run.learned()
+        save_concept(concept, temporary, bin_too=False)
+        card = render_card(run, concept, step)
+        write_whole(temporary / CARD_NAME, lambda file: file.write(card))
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary / "training_state"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # An earlier run's checkpoint of the same step is moved aside first: a folder cannot be renamed onto another.
+        replaced = output_dir / f".checkpoint-{step}.old"
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if run.args.checkpoints_total_limit is not None:
+            # Only up to this step: later ones are of an earlier, longer run in the same folder.
+            own = [older for older in list_checkpoints(output_dir) if checkpoint_step(older) <= step]
+            for older in own[: -run.args.checkpoints_total_limit]:
+                shutil.rmtree(older)
+    logger.info(f"saved {path}")
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the loop works with; ``model`` is the prepared module, maybe wrapped for several processes."""
+
+    args: argparse.Namespace
+    concepts: list[dict[str, str]]
+    accelerator: Accelerator
+    tokenizer: CLIPTokenizer
+    vae: AutoencoderKL
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    dataset: CustomDiffusionDataset
+    collate: Callable
+    total_steps: int
+    checkpoint: Path | None
+
+    @property
+    def module(self) -> CustomDiffusion:
+        """The module itself, without wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def learned(self) -> Concept:
+        """What was learned so far."""
+        return self.module.learned(self.args.pretrained_model_name_or_path)
+
+
+def use_all_cores() -> None:
+    """Let torch compute on every core of a CPU: launchers leave it a single thread unless they are told otherwise."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        kwargs_handlers=[
+            # The frozen weights are in the compute type already: autocast would only cast again at every step.
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+    # Checkpoints hold what is trained, and save_checkpoint writes that; the frozen gigabytes stay where they are.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    return accelerator
+
+
+def build_optimizer(
+    args: argparse.Namespace, parameters: list[nn.Parameter], num_processes: int
+) -> torch.optim.Optimizer:
+    """AdamW over what is trained, with the learning rate scaled as ``--scale_lr`` says."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * num_processes
+        learning_rate *= 2.0 if args.with_prior_preservation else 1.0
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    else:
+        optimizer_class = torch.optim.AdamW
+    return optimizer_class(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def prepare_run(args: argparse.Namespace) -> Run:
+    """Everything up to the first step: what is cheap to check comes before what is slow to load."""
+    accelerator = build_accelerator(args)
+    quiet_libraries(accelerator)
+    concepts = read_concepts(args)
+    tokens, initializers = parse_modifier_tokens(args, concepts)
+    instance_images = find_instance_images(concepts)
+    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
+    checkpoint = find_checkpoint(args)
+    noise_scheduler, latent_channels, latent_size = check_base_model(args)
+    tokenizer = load_tokenizer(args)
+    modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
+
+    make_output_dir(args)
+    # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
+    set_seed(args.seed, device_specific=True)
+    if accelerator.is_main_process:
+        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+        if args.push_to_hub:
+            create_hub_repository(args)
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(args, concepts, accelerator)
+        class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
+    dataset = CustomDiffusionDataset(
+        instance_images,
+        class_images,
+        tokenizer,
+        size=args.resolution,
+        mask_size=latent_size,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        aug=not args.noaug,
+        seed=args.seed,
+    )
+
+    compute_type = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    load = partial(load_pretrained, args=args, variant=args.variant)
+    # The projections to train are copied from these full-precision weights, before the rest is cast.
+    model = CustomDiffusion(
+        load(CLIPTextModel.from_pretrained, subfolder="text_encoder", dtype=torch.float32),
+        load(UNet2DConditionModel.from_pretrained, subfolder="unet", dtype=torch.float32),
+        noise_scheduler,
+        modifier_tokens,
+        train_q_out=args.freeze_model == "crossattn",
+        use_xformers=args.enable_xformers_memory_efficient_attention,
+        prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
+    )
+    model.cast_frozen(compute_type)
+    model.train()
+    if args.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if tokens:
+            model.text_encoder.gradient_checkpointing_enable()
+    vae = load(AutoencoderKL.from_pretrained, subfolder="vae", dtype=compute_type)
+    vae.requires_grad_(False).to(accelerator.device)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * accelerator.num_processes))
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    optimizer = build_optimizer(args, list(model.trained().values()), accelerator.num_processes)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        # accelerate steps the schedule once per process.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=total_steps * accelerator.num_processes,
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    collate = partial(
+        collate_fn,
+        with_prior_preservation=args.with_prior_preservation,
+        latent_channels=latent_channels,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+    return Run(
+        args,
+        concepts,
+        accelerator,
+        tokenizer,
+        vae,
+        model,
+        optimizer,
+        lr_scheduler,
+        dataset,
+        collate,
+        total_steps,
+        checkpoint,
+    )
+
+
+def make_output_dir(args: argparse.Namespace) -> None:
+    """Make the output folder.
+
+    Raises:
+        UsageError: where that is not possible, before hours are spent on what cannot be saved.
+    """
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
+    if not os.access(args.output_dir, os.W_OK):
+        raise UsageError(f"--output_dir {args.output_dir!r} cannot be written to")
+
+
+def quiet_libraries(accelerator: Accelerator) -> None:
+    """Leave the screen to our own messages and to warnings, and let only the main process speak."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (transformers, diffusers):
+        if accelerator.is_local_main_process:
+            library.utils.logging.set_verbosity_warning()
+        else:
+            library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def resume(run: Run) -> int:
+    """Go on from the checkpoint of ``--resume_from_checkpoint``; gives the number of steps already done."""
+    path = run.checkpoint
+    if path is None:
+        present = list_checkpoints(Path(run.args.output_dir))
+        if present and run.args.resume_from_checkpoint is None:
+            logger.warning(
+                f"{run.args.output_dir!r} holds checkpoints of an earlier run, up to {present[-1].name}; "
+                "this run starts afresh and replaces those of the same steps"
+            )
+        return 0
+    run.module.restore(load_concept(path))
+    run.accelerator.load_state(str(path / "training_state"))
+    logger.info(f"resuming from {path}")
+    return checkpoint_step(path)
+
+
+def training_batches(run: Run, first_step: int) -> Iterator[dict[str, Tensor]]:
+    """The batches of this process from ``first_step`` to the end of the run, on its device."""
+    args, accelerator = run.args, run.accelerator
+    accumulation = args.gradient_accumulation_steps
+    positions = position_batches(
+        first=first_step * accumulation,
+        count=max(0, run.total_steps - first_step) * accumulation,
+        batch_size=args.train_batch_size,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    on_gpu = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        run.dataset,
+        batch_sampler=positions,
+        collate_fn=run.collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=on_gpu,
+    )
+    for batch in loader:
+        yield {name: value.to(accelerator.device, non_blocking=on_gpu) for name, value in batch.items()}
+
+
+def train(run: Run, first_step: int) -> float:
+    """The loop; gives the mean seconds per step, without validation and checkpoints."""
+    args, accelerator = run.args, run.accelerator
+    trained = list(run.module.trained().values())
+    step, busy, started = first_step, 0.0, time.perf_counter()
+    losses = torch.zeros(3)
+    progress = tqdm(
+        total=run.total_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    for batch in training_batches(run, first_step):
+        with accelerator.accumulate(run.model):
+            latents = encode_images(run.vae, batch.pop("pixel_values"), batch.pop("posterior_noise"))
+            loss, *parts = run.model(latents, **batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+            run.optimizer.step()
+            run.lr_scheduler.step()
+            run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+        losses = losses + torch.stack([loss, *parts]).detach().cpu()
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        mean_loss, instance_loss, prior_loss = (losses / args.gradient_accumulation_steps).tolist()
+        losses = torch.zeros(3)
+        if not math.isfinite(mean_loss):
+            raise UsageError(
+                f"the loss of step {step} is not finite, and training stops; what was saved before stays. "
+                "Try a lower --learning_rate, or --mixed_precision bf16 or no"
+            )
+        logs = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0]}
+        progress.update(1)
+        progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{logs['lr']:.1e}")
+        if args.with_prior_preservation:
+            logs |= {"instance_loss": instance_loss, "prior_loss": prior_loss}
+        accelerator.log(logs, step=step)
+        busy += time.perf_counter() - started
+
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(run, step)
+        if step % args.validation_steps == 0 and step < run.total_steps:
+            validate(run, step, "validation")
+        started = time.perf_counter()
+    progress.close()
+    return busy / max(1, step - first_step)
+
+
+# --- validation and saving -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
+    """Pictures of ``--validation_prompt`` from the models in memory, written to the output folder and the trackers.
+
+    Args:
+        phase: name of the pictures in the trackers, ``validation`` on the way and ``test`` at the end.
+
+    Returns:
+        The pictures; none without a prompt or on processes other than the main one.
+    """
+    args, accelerator = run.args, run.accelerator
+    if args.validation_prompt is None or args.num_validation_images == 0 or not accelerator.is_main_process:
+        return []
+    module = run.module
+    module.eval()
+    pipeline = StableDiffusionPipeline(
+        vae=run.vae,
+        text_encoder=module.text_encoder,
+        tokenizer=run.tokenizer,
+        unet=module.unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(module.noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(desc=f"Pictures at step {step}", leave=False)
+    images = []
+    for number in range(args.num_validation_images):
+        # One at a time: validation should not need more memory than training.
+        generator = torch.Generator().manual_seed(args.seed + number)
+        images += pipeline(
+            args.validation_prompt,
+            num_inference_steps=25,
+            height=args.resolution,
+            width=args.resolution,
+            generator=generator,
+        ).images
+    module.train()
+
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        write_whole(folder / f"step_{step:06d}_{number}.png", lambda file, image=image: image.save(file, "PNG"))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(
+                phase, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC"
+            )
+        elif tracker.name == "wandb":
+            import wandb
+
+            captions = [f"{number}: {args.validation_prompt}" for number in range(len(images))]
+            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            tracker.log({phase: pictures}, step=step)
+    return images
+
+
+def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = ()) -> bytes:
+    """The model card of a checkpoint or of the finished concept."""
+    args = run.args
+    shown = [
+        "freeze_model",
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "scale_lr",
+        "with_prior_preservation",
+        "real_prior",
+        "hflip",
+        "noaug",
+        "seed",
+    ]
+    settings = {"steps": steps} | {name: getattr(args, name) for name in shown}
+    prompts = [entry["instance_prompt"] for entry in run.concepts]
+    return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the concept, its files, and which of them are sample pictures."""
+
+    concept: Concept
+    files: list[str]
+    pictures: list[str]
+
+
+def save_result(run: Run) -> Result:
+    """Write weights, tokens, sample pictures and model card into the output folder."""
+    args, folder = run.args, Path(run.args.output_dir)
+    concept = run.learned()
+    # Weights first: whatever happens to the pictures, what was learned is safe.
+    files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
+    if args.no_safe_serialization:
+        # An earlier run's safetensors would be preferred to what this one has just written.
+        for name in files:
+            (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
+    pictures = []
+    for number, image in enumerate(validate(run, run.total_steps, "test")):
+        pictures.append(f"image_{number}.png")
+        write_whole(folder / pictures[-1], lambda file, image=image: image.save(file, "PNG"))
+    card = render_card(run, concept, run.total_steps, pictures)
+    write_whole(folder / CARD_NAME, lambda file: file.write(card))
+    return Result(concept, [*files, *pictures, CARD_NAME], pictures)
+
+
+def create_hub_repository(args: argparse.Namespace) -> None:
+    """Make the repository before training: a wrong token should not be noticed after it.
+
+    Raises:
+        UsageError: where the Hub refuses.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
+
+
+def push_to_hub(run: Run, result: Result) -> str:
+    """Upload exactly the files of the result; gives the address.
+
+    Raises:
+        UsageError: where the upload fails; the message says how to try again.
+    """
+    args, folder = run.args, Path(run.args.output_dir)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in result.files}
+    if not is_hub_id(args.pretrained_model_name_or_path):
+        # The Hub refuses a card whose base model is no model of its own, and a local path is nobody's business.
+        logger.warning("the base model is a local folder: the card on the Hub will not name it")
+        contents[CARD_NAME] = render_card(
+            run, replace(result.concept, base_model=None), run.total_steps, result.pictures
+        )
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    try:
+        api = HfApi(token=args.hub_token)
+        return str(api.create_commit(args.hub_model_id, operations, commit_message="End of training").repo_url)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"the upload to {args.hub_model_id!r} failed ({reason}); the files are safe in {args.output_dir!r}, upload "
+            f"them with: hf upload {args.hub_model_id} {shlex.quote(args.output_dir)} --include '*.*' --exclude '*/*'"
+        ) from error
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held: of its GPU where it has one, else resident."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.1f} GiB of memory"
+
+
+def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], address: str | None) -> None:
+    """What a user wants to know at the end, and what to type next."""
+    args = run.args
+    prompt = args.validation_prompt or run.concepts[0]["instance_prompt"]
+    command = ["python", "infer.py", "--prompt", prompt]
+    if args.output_dir != build_parser().get_default("output_dir"):
+        command += ["--model_dir", args.output_dir]
+    print(f"\n{run.total_steps} steps, {seconds_per_step:.2f} s each, at most {peak_memory()}.")
+    print(f"In {args.output_dir}: {', '.join(names)}" + (f", and on {address}" if address else ""))
+    print(f"See your concept:\n  {shlex.join(command)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save, and say where everything is."""
+    use_all_cores()
+    run = prepare_run(parse_args(argv))
+    accelerator = run.accelerator
+    first_step = resume(run)
+    logger.info(
+        f"{len(run.dataset.instance_images)} instance pictures, {len(run.dataset.class_images)} class images; "
+        f"{run.total_steps - first_step} steps of {run.args.train_batch_size} x {accelerator.num_processes} processes "
+        f"x {run.args.gradient_accumulation_steps} accumulation; "
+        f"{sum(parameter.numel() for parameter in run.module.trained().values()):,} trained values"
+    )
+    seconds_per_step = train(run, first_step)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        result = save_result(run)
+        address = push_to_hub(run, result) if run.args.push_to_hub else None
+        print_summary(run, seconds_per_step, result.files, address)
+    accelerator.wait_for_everyone()
+    # Freed in this order, two processes end cleanly even on a busy machine.
+    accelerator.end_training()
+    run.model = run.optimizer = run.lr_scheduler = None
+    accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, ConceptError) as error:
+        # Every process finds the same error; one line of it is enough.
+        sys.exit(f"error: {error}" if int(os.environ.get("LOCAL_RANK", "0")) <= 0 else 1)
