@@ -9,12 +9,14 @@ class images, loop, saving.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import importlib.util
 import json
 import logging
 import math
+import mmap
 import os
 import shlex
 import shutil
@@ -551,8 +553,10 @@ class CustomDiffusion(nn.Module):
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold all that is not trained in ``dtype``; what is trained stays float32."""
         for parameter in self.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+            if not parameter.requires_grad and parameter.dtype != dtype:
+                original = parameter.data
+                parameter.data = original.to(dtype)
+                release_pages(original)
 
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
         """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
@@ -850,11 +854,29 @@ class Run:
         return self.module.learned(self.args.pretrained_model_name_or_path)
 
 
-def use_all_cores() -> None:
-    """Let torch compute on every core of a CPU: launchers leave it a single thread unless they are told otherwise."""
+def release_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that nothing will read again.
+
+    Weights files are mapped into memory, and a page that was read stays resident until the last tensor of its file
+    is gone: casting a model would hold it twice for a while (measured: 5.9 GiB rather than 3.7 GiB at the peak).
+    """
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        page = mmap.PAGESIZE
+        first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+        if end > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+
+
+def use_cpu_well() -> None:
+    """Let torch compute on every core, and have the memory of one step's activations back before the next."""
+    # Launchers leave a process a single thread unless they are told otherwise.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc keeps freed blocks of up to 32 MB for reuse, and in time most activations are there twice.
+        m_mmap_threshold = -3
+        libc.mallopt(m_mmap_threshold, 256 * 1024)
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1276,7 +1298,7 @@ def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], addre
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save, and say where everything is."""
-    use_all_cores()
+    use_cpu_well()
     run = prepare_run(parse_args(argv))
     accelerator = run.accelerator
     first_step = resume(run)
