@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
@@ -67,6 +67,28 @@ def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     good = [path for path, verdict in zip(paths, verdicts, strict=True) if verdict]
     bad = [path for path, verdict in zip(paths, verdicts, strict=True) if not verdict]
     return good, bad
+
+
+def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None = None, side: int = 256) -> Image.Image:
+    """All pictures small on one.
+
+    Args:
+        rows: the pictures' paths; rows may differ in length.
+        labels: a text above each row.
+        side: the longest side of a picture in pixels.
+    """
+    band = 24 if labels else 0
+    sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, paths in enumerate(rows):
+        top = row * (side + band)
+        if labels:
+            draw.text((4, top + 2), labels[row], fill="black", font=ImageFont.load_default(16))
+        for column, path in enumerate(paths):
+            image = load_image(path)
+            image.thumbnail((side, side))
+            sheet.paste(image, (column * side, top + band))
+    return sheet
 
 
 def find_instance_images(concepts: Sequence[dict[str, str]]) -> list[tuple[Path, str]]:

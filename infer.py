@@ -22,10 +22,11 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept, write_whole
+from data import contact_sheet
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -179,28 +180,6 @@ def save_picture(path: Path, image: Image.Image, args: argparse.Namespace, promp
     metadata.add_text("seed", str(seed))
     metadata.add_itxt("settings", json.dumps({name: getattr(args, name) for name in names}))
     write_whole(path, lambda file: image.save(file, "PNG", pnginfo=metadata))
-
-
-def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str], side: int = 256) -> Image.Image:
-    """All pictures small on one: a labelled row per prompt.
-
-    Args:
-        rows: the pictures' paths.
-        labels: the text above each row.
-        side: the longest side of a picture in pixels.
-    """
-    font = ImageFont.load_default(16)
-    band = 24
-    sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (paths, label) in enumerate(zip(rows, labels, strict=True)):
-        top = row * (side + band)
-        draw.text((4, top + 2), label, fill="black", font=font)
-        for column, path in enumerate(paths):
-            with Image.open(path) as image:
-                image.thumbnail((side, side))
-                sheet.paste(image, (column * side, top + band))
-    return sheet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
