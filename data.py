@@ -85,9 +85,7 @@ def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None =
         if labels:
             draw.text((4, top + 2), labels[row], fill="black", font=ImageFont.load_default(16))
         for column, path in enumerate(paths):
-            image = load_image(path)
-            image.thumbnail((side, side))
-            sheet.paste(image, (column * side, top + band))
+            sheet.paste(ImageOps.contain(load_image(path), (side, side)), (column * side, top + band))
     return sheet
 
 
