@@ -38,7 +38,7 @@ _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\."
     r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ConceptError(ValueError):
@@ -92,7 +92,7 @@ def check_token_name(token: str) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form of a Hub repository, ``name`` or ``owner/name``, and is no local folder."""
+    """Whether ``name`` has the form of a Hub repository, ``owner/name``, and is no local file or folder."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -213,7 +213,7 @@ def _local_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if not is_hub_id(source):
-        raise ConceptError(f"there is no folder {source!r}")
+        raise ConceptError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
     try:
         # First what is safe to read; the pickles only where there is nothing else.
         folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", CARD_NAME], ignore_patterns=["*/*"]))
@@ -384,7 +384,7 @@ def _find_parameter(unet: nn.Module, key: str, concept: Concept) -> nn.Parameter
 
 def _check_fit(key: str, weight: Tensor, parameter: nn.Parameter, concept: Concept, pipeline: Any) -> None:
     if weight.shape != parameter.shape:
-        here = getattr(pipeline.unet.config, "_name_or_path", None) or "this pipeline's model"
+        here = getattr(pipeline, "name_or_path", None) or "this pipeline's model"
         raise ConceptError(
             f"{_trained_on(concept)}, with {key.split('.processor.')[1]} of shape {tuple(weight.shape)}; "
             f"{here!r} wants {tuple(parameter.shape)}: load the base model that the concept was trained on"

@@ -153,7 +153,7 @@ def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
     for name in ("images.txt", "caption.txt"):
         try:
             # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = (folder / name).read_text(encoding="utf-8", newline="\n").removesuffix("\n").split("\n")
+            lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
     if len(lines["images.txt"]) != len(lines["caption.txt"]):
@@ -300,10 +300,10 @@ class CustomDiffusionDataset(Dataset):
         Returns:
             The pixels (3, size, size) in [-1, 1] and the mask (mask_size, mask_size) of latents inside the picture.
         """
-        square = ImageOps.fit(image, (scale, scale), Image.Resampling.BILINEAR)
-        pixels = _to_tensor(square)
+        square = TF.center_crop(image, [min(image.size)] * 2)
+        pixels = _to_tensor(square.resize((scale, scale), Image.Resampling.BILINEAR))
         top, left = (int(random.integers(abs(scale - self.size) + 1)) for _ in range(2))
-        if scale > self.size:
+        if scale >= self.size:
             return pixels[:, top : top + self.size, left : left + self.size], torch.ones(self.mask_size, self.mask_size)
         canvas = torch.zeros(3, self.size, self.size)
         canvas[:, top : top + scale, left : left + scale] = pixels

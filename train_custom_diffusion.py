@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,6 +243,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--report_to={args.report_to}",
             f"requirements{'-wandb' * (args.report_to == 'wandb')}.txt",
         )
+    if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
+        parser.error(f"--report_to={args.report_to} records the command line, --hub_token with it: use `hf auth login`")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision=fp16 needs a GPU, and there is none: use bf16 or leave it out")
     return args
@@ -493,7 +496,8 @@ def custom_diffusion_loss(
         prediction, target: (N, C, H, W), in any floating type. With prior preservation the second half are class
             images.
         mask: (N, 1, H, W), 1 where the loss of an instance picture counts. Each picture's loss is the sum over the
-            masked latents divided by the mask's area, as in the example.
+            masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
+            instance picture counts C times as much as the mean over its latents.
         prior_loss_weight: None without prior preservation.
 
     Returns:
@@ -557,6 +561,14 @@ class CustomDiffusion(nn.Module):
                 original = parameter.data
                 parameter.data = original.to(dtype)
                 release_pages(original)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass rather than keep them."""
+        self.unet.enable_gradient_checkpointing()
+        if self.modifier_tokens.tokens:
+            # transformers renames it; the older versions that we support know only the older name.
+            enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
+            (enable or self.text_encoder.gradient_checkpointing_enable)()
 
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
         """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
@@ -639,7 +651,12 @@ def load_pretrained(loader: Callable, args: argparse.Namespace, subfolder: str |
     except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = subfolder or "model_index.json"
-        raise UsageError(f"cannot load the {what} of {name!r} (--pretrained_model_name_or_path): {reason}") from error
+        where = (
+            f"in the folder {name!r}"
+            if Path(name).is_dir()
+            else f"of {name!r} from the Hub, and no such folder is here"
+        )
+        raise UsageError(f"cannot load the {what} {where} (--pretrained_model_name_or_path): {reason}") from error
 
 
 def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
@@ -964,9 +981,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     model.cast_frozen(compute_type)
     model.train()
     if args.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if tokens:
-            model.text_encoder.gradient_checkpointing_enable()
+        model.enable_gradient_checkpointing()
     vae = load(AutoencoderKL.from_pretrained, subfolder="vae", dtype=compute_type)
     vae.requires_grad_(False).to(accelerator.device)
     if args.allow_tf32:
@@ -1024,6 +1039,7 @@ def quiet_libraries(accelerator: Accelerator) -> None:
     """Leave the screen to our own messages and to warnings, and let only the main process speak."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # diffusers still passes it to the Hub
     for library in (transformers, diffusers):
         if accelerator.is_local_main_process:
             library.utils.logging.set_verbosity_warning()

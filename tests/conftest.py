@@ -1,0 +1,126 @@
+"""What the tests share: small random models of the exact layout, pictures, and real launches of the scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image, ImageDraw
+
+import train_custom_diffusion
+from benchmarks.random_model import build_random_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does, with this Python's programs; gives its exit code and what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+    )
+
+
+def launch(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch train_custom_diffusion.py ...``, which has to succeed."""
+    result = run_script("accelerate", "launch", ROOT / "train_custom_diffusion.py", *arguments, **environment)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.x in small, with random weights and CLIP's real vocabulary."""
+    return build_random_model("tiny", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 2.x in small: another width, and velocity is predicted."""
+    return build_random_model("tiny-v", tmp_path_factory.mktemp("models") / "tiny-v")
+
+
+def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:
+    """Write pictures that differ from each other and from their mirror images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image = Image.new("RGB", size, tuple(np.random.default_rng(number).integers(256, size=3).tolist()))
+        ImageDraw.Draw(image).rectangle((5 + number, 10, 40 + 2 * number, 60), fill=(255, 20 * number, 0))
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five instance pictures."""
+    return draw_pictures(tmp_path_factory.mktemp("pictures") / "cat", 5)
+
+
+def flags(base_model: Path, pictures: Path, output_dir: Path, **more: object) -> list[str]:
+    """A command line for a short run at 64 px; ``more`` adds or replaces flags, True gives a switch, None drops one."""
+    values: dict[str, object] = {
+        "pretrained_model_name_or_path": base_model,
+        "instance_data_dir": pictures,
+        "instance_prompt": "photo of a <new1> cat",
+        "modifier_token": "<new1>",
+        "output_dir": output_dir,
+        "resolution": 64,
+        "train_batch_size": 1,
+        "max_train_steps": 2,
+        "lr_warmup_steps": 0,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+    }
+    values |= more
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
+    ]
+
+
+@pytest.fixture
+def train_here() -> Iterator[Callable[[list[str]], None]]:
+    """Train in this process: as a launch does, without the seconds that importing takes."""
+    yield train_custom_diffusion.main
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="session")
+def trained(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a launched run with everything in it, at a learning rate that leaves a mark."""
+    folder = tmp_path_factory.mktemp("trained")
+    launch(
+        *flags(
+            base_model,
+            pictures,
+            folder / "out",
+            with_prior_preservation=True,
+            class_data_dir=folder / "class",
+            class_prompt="cat",
+            num_class_images=3,
+            learning_rate=1e-2,
+            max_train_steps=6,
+            checkpointing_steps=3,
+            gradient_accumulation_steps=2,
+            dataloader_num_workers=2,
+            validation_prompt="<new1> cat in a bucket",
+            validation_steps=2,
+            report_to="tensorboard",
+            hflip=True,
+        )
+    )
+    return folder / "out"

@@ -1,0 +1,276 @@
+"""Pictures and samples: what a user's files become before the model sees them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import CLIPTokenizer
+
+from data import (
+    CustomDiffusionDataset,
+    PromptDataset,
+    UsageError,
+    collate_fn,
+    find_class_images,
+    find_instance_images,
+    load_image,
+    position_batches,
+)
+from tests.conftest import draw_pictures
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_model: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+
+
+def concept(folder: Path, **more: str) -> dict[str, str]:
+    return {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": str(folder)} | more
+
+
+def dataset(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> CustomDiffusionDataset:
+    options = {"size": 64, "mask_size": 8, "class_images": []} | options
+    return CustomDiffusionDataset(find_instance_images([concept(folder)]), tokenizer=tokenizer, **options)
+
+
+# --- reading pictures ----------------------------------------------------------------------------
+
+
+def test_phone_photographs_come_out_upright(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (20, 10), RED)
+    picture.paste(BLUE, (0, 0, 10, 10))  # blue left, red right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    picture.save(tmp_path / "phone.png", exif=exif)
+    upright = load_image(tmp_path / "phone.png")
+    assert upright.size == (10, 20)
+    assert upright.getpixel((5, 2)) == BLUE
+    assert upright.getpixel((5, 17)) == RED
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    picture.convert(mode).save(tmp_path / "logo.png")
+    assert load_image(tmp_path / "logo.png").getpixel((1, 1)) == (0, 0, 0)
+    assert load_image(tmp_path / "logo.png").getpixel((6, 1)) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
+def test_other_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), WHITE).convert(mode).save(tmp_path / "picture.tiff")
+    image = load_image(tmp_path / "picture.tiff")
+    assert (image.mode, image.getpixel((3, 3))) == ("RGB", WHITE)
+
+
+def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "scan.png")
+    read = np.asarray(load_image(tmp_path / "scan.png"))[..., 0].ravel().astype(int)
+    assert np.abs(read - np.arange(256)).max() <= 1
+
+
+def test_files_that_are_no_pictures_are_left_out_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw_pictures(tmp_path, 2)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "folder").mkdir()
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        found = find_instance_images([concept(tmp_path)])
+    assert [path.name for path, _ in found] == ["0.png", "1.png"]
+    (record,) = caplog.records
+    for name in ("truncated.png", ".DS_Store", "notes.txt"):
+        assert name in record.getMessage()
+
+
+# --- class images --------------------------------------------------------------------------------
+
+
+def retrieved(folder: Path, captions: Sequence[str], names: Sequence[str] | None = None) -> dict[str, str]:
+    """What retrieve.py leaves."""
+    draw_pictures(folder / "images", len(captions))
+    names = names or [str(folder / "images" / f"{number}.png") for number in range(len(captions))]
+    (folder / "images.txt").write_bytes("".join(f"{name}\n" for name in names).encode())
+    (folder / "caption.txt").write_bytes("".join(f"{caption}\n" for caption in captions).encode())
+    return concept(folder, class_prompt="cat", class_data_dir=str(folder))
+
+
+def test_retrieved_images_keep_their_own_captions(tmp_path: Path) -> None:
+    captions = ["a cat", "line\u2028separator, vertical\x0btab", "", "last"]
+    found = find_class_images([retrieved(tmp_path, captions)], num_class_images=4, real_prior=True)
+    assert [(path.name, caption) for path, caption in found] == [
+        ("0.png", captions[0]),
+        ("1.png", captions[1]),
+        ("2.png", captions[2]),
+        ("3.png", captions[3]),
+    ]
+
+
+def test_a_broken_class_image_is_replaced_by_the_next(tmp_path: Path) -> None:
+    entry = retrieved(tmp_path, ["a", "b", "c", "d"])
+    (tmp_path / "images" / "1.png").write_bytes(b"broken")
+    found = find_class_images([entry], num_class_images=3, real_prior=True)
+    assert [caption for _, caption in found] == ["a", "c", "d"]
+    with pytest.raises(UsageError, match="3 readable class images of the 4"):
+        find_class_images([entry], num_class_images=4, real_prior=True)
+
+
+def test_a_folder_that_was_moved_still_finds_its_images(tmp_path: Path) -> None:
+    entry = retrieved(tmp_path, ["a", "b"], names=["old/place/images/0.png", "./images/1.png"])
+    found = find_class_images([entry], num_class_images=2, real_prior=True)
+    assert [path for path, _ in found] == [tmp_path / "images" / "0.png", tmp_path / "images" / "1.png"]
+
+
+def test_prompt_dataset_fills_the_gaps() -> None:
+    prompts = PromptDataset("cat", 3, taken=[0, 2, 7])
+    assert [prompts[i] for i in range(len(prompts))] == [{"prompt": "cat", "index": index} for index in (1, 3, 4)]
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+def stripes(folder: Path, size: tuple[int, int] = (300, 100)) -> Path:
+    """A wide picture: red left third, green middle, blue right."""
+    folder.mkdir()
+    picture = Image.new("RGB", size, RED)
+    picture.paste(GREEN, (size[0] // 3, 0, size[0] * 2 // 3, size[1]))
+    picture.paste(BLUE, (size[0] * 2 // 3, 0, size[0], size[1]))
+    picture.save(folder / "stripes.png")
+    return folder
+
+
+def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    pixels = dataset(stripes(tmp_path / "wide"), tokenizer, aug=False)[0]["instance_images"]
+    green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1)
+    assert (pixels - green).abs().max() < 0.02, "only the middle third is in the centre square"
+
+
+def test_hflip_mirrors_half_of_the_samples(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(pictures, tokenizer, aug=False, hflip=True)
+    plain = dataset(pictures, tokenizer, aug=False)
+    mirrored = 0
+    for position in range(100):
+        one, other = samples[position]["instance_images"], plain[position]["instance_images"]
+        assert torch.equal(one, other) or torch.equal(one, other.flip(-1))
+        mirrored += not torch.equal(one, other)
+    assert 30 < mirrored < 70
+
+
+def test_noaug_shows_the_whole_picture(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(pictures, tokenizer, aug=False)
+    prompts = {tuple(samples[position]["instance_prompt_ids"].tolist()) for position in range(20)}
+    assert len(prompts) == 1
+    assert all(samples[position]["mask"].min() == 1 for position in range(20))
+
+
+def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(pictures, tokenizer)
+    words = {"small": 0, "large": 0, "plain": 0}
+    for position in range(300):
+        sample = samples[position]
+        pixels, mask = sample["instance_images"], sample["mask"]
+        prompt = tokenizer.decode(sample["instance_prompt_ids"], skip_special_tokens=True)
+        # A value of 0 does not occur in a picture of 8 bits: what is 0 is canvas.
+        rows = (pixels != 0).all(0).any(1).sum().item()
+        covered = torch.nn.functional.interpolate(mask[None, None], scale_factor=8)[0, 0].bool()
+        assert not (pixels == 0).all(0)[covered].any(), "the mask lies inside the picture"
+        assert mask.sum() >= 1
+        if prompt.startswith(("a far away photo", "very small photo")):
+            words["small"] += 1
+            assert 64 // 3 <= rows < 0.6 * 64
+        elif prompt.startswith(("zoomed in photo", "close up photo")):
+            words["large"] += 1
+            assert mask.min() == 1
+        else:
+            words["plain"] += 1
+            assert prompt.startswith("photo of a")
+            assert 0.6 * 64 <= rows <= 64
+    # 66 % small or plain, of which (0.6 - 1/3) / (1 - 1/3) = 40 % small.
+    assert 60 < words["small"] < 110
+    assert 75 < words["large"] < 130
+
+
+@pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (16, 2), (24, 3), (32, 4), (64, 8), (96, 12), (512, 64)])
+def test_no_mask_is_ever_empty(size: int, mask_size: int, pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(pictures, tokenizer, size=size, mask_size=mask_size)
+    image = load_image(pictures / "0.png")
+    random = np.random.default_rng(0)
+    for scale in [*range(max(1, size // 3), size + 1)] * 2:
+        pixels, mask = samples.preprocess(image, scale, random)
+        assert pixels.shape == (3, size, size)
+        assert mask.shape == (mask_size, mask_size)
+        assert mask.sum() >= 1
+
+
+def test_class_images_are_cropped_not_masked(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    wide = [(stripes(tmp_path / "wide") / "stripes.png", "a caption of its own")]
+    for center_crop, colours in ((True, {1}), (False, {0, 1, 2})):
+        samples = dataset(tmp_path / "wide", tokenizer, class_images=wide, center_crop=center_crop)
+        seen = set()
+        for position in range(40):
+            sample = samples[position]
+            assert sample["class_mask"].min() == 1
+            assert sample["class_images"].shape == (3, 64, 64)
+            seen.add(sample["class_images"].mean((1, 2)).argmax().item())
+        assert seen == colours
+        text = tokenizer.decode(sample["class_prompt_ids"], skip_special_tokens=True)
+        assert text.strip() == "a caption of its own"
+
+
+def collated(
+    samples: CustomDiffusionDataset, positions: Sequence[range], workers: int
+) -> list[dict[str, torch.Tensor]]:
+    def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+        return collate_fn(examples, with_prior_preservation=True, latent_channels=4, num_train_timesteps=1000)
+
+    return list(DataLoader(samples, batch_sampler=positions, collate_fn=collate, num_workers=workers))
+
+
+def test_a_sample_depends_only_on_seed_epoch_and_index(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    class_images = find_instance_images([concept(pictures)])
+
+    def samples(seed: int = 1) -> CustomDiffusionDataset:
+        return dataset(pictures, tokenizer, class_images=class_images, hflip=True, seed=seed)
+
+    alone = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=0)
+    with_workers = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=2)
+    resumed = collated(samples(), position_batches(7, 5, 1, 0, 1), workers=1)
+    for one, other in [*zip(alone, with_workers, strict=True), *zip(alone[7:], resumed, strict=True)]:
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    other_seed = collated(samples(seed=2), position_batches(0, 12, 1, 0, 1), workers=0)
+    assert not any(torch.equal(a["noise"], b["noise"]) for a, b in zip(alone, other_seed, strict=True))
+    first_epoch, second_epoch = alone[:5], alone[5:10]
+    assert not any(torch.equal(a["noise"], b["noise"]) for a in first_epoch for b in second_epoch)
+
+
+def test_two_processes_see_what_one_with_the_double_batch_sees(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    class_images = find_instance_images([concept(pictures)])
+    samples = dataset(pictures, tokenizer, class_images=class_images)
+    together = collated(samples, position_batches(2, 4, 2, 0, 1), workers=0)
+    apart = [collated(samples, position_batches(2, 4, 1, process, 2), workers=0) for process in (0, 1)]
+    for one, *both in zip(together, *apart, strict=True):
+        for name, value in one.items():
+            # Instance pictures come first, class images behind them.
+            instances, classes = zip(*(batch[name].chunk(2) for batch in both), strict=True)
+            assert torch.equal(value, torch.cat([*instances, *classes])), name
+
+
+def test_every_picture_is_seen_once_an_epoch(pictures: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(pictures, tokenizer, aug=False)
+    for epoch in range(3):
+        seen = {samples[epoch * 5 + k]["instance_images"].numpy().tobytes() for k in range(5)}
+        assert len(seen) == 5

@@ -1,0 +1,97 @@
+"""Two real processes: they end with the same values, and with those of one process that sees the double batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from concept import load_concept
+from tests.conftest import ROOT, flags, run_script
+
+
+def learned(folder: Path) -> torch.Tensor:
+    concept = load_concept(folder)
+    return torch.cat([value.flatten() for value in (concept.attention | concept.tokens).values()])
+
+
+def two_processes(*argv: str) -> str:
+    # `accelerate launch --cpu --num_processes 2` silently runs one.
+    script = ROOT / "tests" / "two_processes.py"
+    result = run_script(
+        "torchrun", "--nproc_per_node=2", script, *argv, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT)
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "processes 2" in result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def apart(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Output folder and prints of a run of two processes."""
+    folder = tmp_path_factory.mktemp("apart")
+    printed = two_processes(*run_flags(base_model, pictures, folder, train_batch_size=1, checkpointing_steps=2))
+    return folder, printed
+
+
+def run_flags(base_model: Path, pictures: Path, folder: Path, **more: object) -> list[str]:
+    return flags(
+        base_model,
+        pictures,
+        folder / "out",
+        with_prior_preservation=True,
+        class_data_dir=folder / "class",
+        class_prompt="cat",
+        num_class_images=5,
+        sample_batch_size=2,
+        learning_rate=1e-3,
+        max_train_steps=4,
+        gradient_accumulation_steps=2,
+        hflip=True,
+        **more,
+    )
+
+
+def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
+    assert "difference 0.0\n" in apart[1]
+
+
+def test_two_processes_equal_one_with_the_double_batch(
+    apart: tuple[Path, str], base_model: Path, pictures: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
+) -> None:
+    shutil.copytree(apart[0] / "class", tmp_path / "class")
+    train_here(run_flags(base_model, pictures, tmp_path, train_batch_size=2))
+    one, two = learned(tmp_path / "out"), learned(apart[0] / "out")
+    model = StableDiffusionPipeline.from_pretrained(base_model)
+    start = [
+        model.unet.state_dict()[key.replace(".processor.", ".").replace("_custom_diffusion", "")].flatten()
+        for key in load_concept(tmp_path / "out").attention
+    ]
+    start = torch.cat([*start, model.text_encoder.get_input_embeddings().weight[42170]])
+    moved = (one - start).abs().max()
+    assert moved > 1e-3, "there is something to compare"
+    assert (one - two).abs().max() < 1e-3 * moved
+
+
+def test_every_generated_class_image_is_another(apart: tuple[Path, str]) -> None:
+    images = sorted((apart[0] / "class").iterdir())
+    assert [path.name.split("-")[0] for path in images] == ["0", "1", "2", "3", "4"]
+    assert len({path.read_bytes() for path in images}) == 5
+
+
+def test_a_checkpoint_has_the_random_state_of_every_process(apart: tuple[Path, str]) -> None:
+    states = {path.name for path in (apart[0] / "out" / "checkpoint-2" / "training_state").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin", "scheduler.bin"} <= states
+
+
+def test_a_resumed_run_of_two_processes_ends_bit_equal(
+    apart: tuple[Path, str], base_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(apart[0] / "class", tmp_path / "class")
+    shutil.copytree(apart[0] / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    two_processes(*run_flags(base_model, pictures, tmp_path, train_batch_size=1, resume_from_checkpoint="latest"))
+    assert torch.equal(learned(tmp_path / "out"), learned(apart[0] / "out"))

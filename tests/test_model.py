@@ -1,0 +1,212 @@
+"""Tokens, attention and loss: what is trained, from where, and towards what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from train_custom_diffusion import CustomDiffusion, add_modifier_tokens, custom_diffusion_loss
+
+
+def load(folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), **options: object) -> CustomDiffusion:
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return CustomDiffusion(
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        UNet2DConditionModel.from_pretrained(folder / "unet"),
+        DDPMScheduler.from_pretrained(folder / "scheduler"),
+        add_modifier_tokens(tokenizer, tokens, ["ktn", "pll", "ucd"][: len(tokens)]),
+        **options,
+    )
+
+
+def batch(model: CustomDiffusion, ids: list[int] | None = None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = ids or [49406, 1125, 49408, 49409, 2368, 49407]
+    return {
+        "latents": torch.randn(2, 4, 8, 8, generator=generator),
+        "noise": torch.randn(2, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([10, 900]),
+        "input_ids": torch.tensor([ids, ids]),
+        "mask": torch.ones(2, 1, 8, 8),
+    }
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def test_initializers_are_vocabulary_entries_first(base_model: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+    added = add_modifier_tokens(
+        tokenizer, ["<a>", "<b>", "<c>", "<d>", "<e>"], ["ktn", "cat", "cat</w>", "teapot", "Cat"]
+    )
+    assert added.ids == [49408, 49409, 49410, 49411, 49412]
+    # 'cat' inside a word, 'cat' as a word, and two words that are no entries as written but one token.
+    assert added.initializer_ids == [42170, 1481, 2368, 40749, 2368]
+    assert tokenizer("photo of a <a> cat", add_special_tokens=False).input_ids == [1125, 539, 320, 49408, 2368]
+
+
+def test_the_new_rows_start_from_their_initializers(base_model: Path) -> None:
+    model = load(base_model)
+    table = CLIPTextModel.from_pretrained(base_model / "text_encoder").get_input_embeddings().weight
+    learned = model.learned("base").tokens
+    assert torch.equal(learned["<new1>"], table[42170])
+    assert torch.equal(learned["<new2>"], table[47629])
+
+
+def test_known_words_are_encoded_as_before(base_model: Path) -> None:
+    plain = CLIPTextModel.from_pretrained(base_model / "text_encoder")
+    ids = torch.tensor([[49406, 1125, 42170, 2368, 49407, 49407]])
+    new = torch.tensor([[49406, 1125, 49408, 2368, 49407, 49407]])
+    model = load(base_model)
+    assert torch.equal(model.encode_prompts(ids), plain(ids)[0])
+    assert torch.equal(model.encode_prompts(new), plain(ids)[0]), "a new word is its initializer before training"
+
+
+@pytest.mark.parametrize(("train_q_out", "projections"), [(False, {"k", "v"}), (True, {"k", "v", "q", "out"})])
+def test_only_the_documented_parameters_are_trained(base_model: Path, train_q_out: bool, projections: set[str]) -> None:
+    model = load(base_model, train_q_out=train_q_out)
+    trained = model.trained()
+    rows = [name for name in trained if name.startswith("text_encoder.")]
+    assert [tuple(trained[name].shape) for name in rows] == [(2, 32)], "the new rows, not the table"
+    others = set(trained) - set(rows)
+    assert all(".attn2.processor." in name and "_custom_diffusion" in name for name in others)
+    assert {name.split(".to_")[1].split("_custom")[0] for name in others} == projections
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    model(**batch(model))[0].backward()
+    optimizer.step()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (name not in trained), name
+    assert sum(state["exp_avg"].numel() for state in optimizer.state.values()) == sum(
+        p.numel() for p in trained.values()
+    )
+
+
+def test_without_modifier_tokens_only_the_attention_is_trained(base_model: Path) -> None:
+    model = load(base_model, tokens=())
+    assert all(".attn2.processor." in name for name in model.trained())
+    model(**batch(model, [49406, 1125, 2368, 49407, 49407, 49407]))[0].backward()
+    assert all(value.grad is not None for value in model.trained().values())
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["base_model", "base_model_v"])
+@pytest.mark.parametrize("train_q_out", [False, True])
+def test_before_training_the_unet_predicts_what_it_did(
+    name: str, train_q_out: bool, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    plain = UNet2DConditionModel.from_pretrained(folder / "unet")
+    model = load(folder, train_q_out=train_q_out)
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, plain.config.cross_attention_dim)
+    assert torch.allclose(model.unet(latents, 5, text).sample, plain(latents, 5, text).sample, atol=1e-5)
+
+
+def test_the_start_token_gives_no_gradient(base_model: Path) -> None:
+    model = load(base_model)
+    layer = model.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    text = torch.randn(1, 6, 32, requires_grad=True)
+    layer(torch.randn(1, 9, 16), encoder_hidden_states=text).square().sum().backward()
+    assert text.grad[0, 0].abs().max() == 0
+    assert text.grad[0, 1:].abs().min() > 0
+    assert layer.processor.to_v_custom_diffusion.weight.grad.abs().max() > 0
+    model.zero_grad()
+    layer(torch.randn(1, 9, 16), encoder_hidden_states=text[:, :1]).square().sum().backward()
+    assert layer.processor.to_v_custom_diffusion.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_trained_stays_full_precision(base_model: Path, dtype: torch.dtype) -> None:
+    exact = UNet2DConditionModel.from_pretrained(base_model / "unet").state_dict()
+    model = load(base_model, train_q_out=True)
+    model.cast_frozen(dtype)
+    for name, value in model.named_parameters():
+        assert value.dtype == (torch.float32 if name in model.trained() else dtype), name
+    for key, value in model.learned("base").attention.items():
+        original = exact[key.replace(".processor.", ".").replace("_custom_diffusion", "")]
+        assert torch.equal(value, original), "copied before the rounding"
+    assert model.unet.dtype == model.text_encoder.dtype == dtype, "what pipelines take for the model's type"
+    loss = model(**batch(model))[0]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(value.grad.dtype == torch.float32 for value in model.trained().values())
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+def test_loss_without_prior_by_hand() -> None:
+    # Two pictures of one channel and two latents. The first counts one latent only: its loss is 3^2 = 9, not the
+    # mean over both. The second counts both: (1^2 + 2^2) / 2 = 2.5.
+    prediction = torch.tensor([[[[3.0, 100.0]]], [[[1.0, 2.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 1.0]]]])
+    loss, instance, prior = custom_diffusion_loss(prediction, torch.zeros(2, 1, 1, 2), mask, None)
+    assert (loss.item(), instance.item(), prior.item()) == (5.75, 5.75, 0.0)
+
+
+def test_loss_with_prior_by_hand() -> None:
+    # One instance picture, masked: 3^2 = 9. One class image, whose mask does not matter: (1^2 + 3^2) / 2 = 5.
+    prediction = torch.tensor([[[[3.0, 100.0]]], [[[1.0, 3.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]])
+    loss, instance, prior = custom_diffusion_loss(prediction, torch.zeros(2, 1, 1, 2), mask, 0.5)
+    assert (loss.item(), instance.item(), prior.item()) == (11.5, 9.0, 5.0)
+
+
+def test_loss_divides_by_the_masked_latents_of_one_channel() -> None:
+    # As the example does: the sum runs over channels, the mask has one. Four channels of error 1 count 4.
+    loss, *_ = custom_diffusion_loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 2, 2), None)
+    assert loss.item() == 4.0
+
+
+def test_loss_is_computed_in_float32() -> None:
+    prediction = torch.full((1, 1, 1, 1), 300.0, dtype=torch.float16)
+    loss, *_ = custom_diffusion_loss(prediction, torch.zeros_like(prediction), torch.ones(1, 1, 1, 1), None)
+    assert loss.item() == 90000.0, "more than float16 can hold"
+
+
+@pytest.mark.parametrize("name", ["base_model", "base_model_v"])
+def test_the_target_is_what_the_base_model_predicts(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    model = load(folder)
+    inputs = batch(model)
+    noisy = model.noise_scheduler.add_noise(inputs["latents"], inputs["noise"], inputs["timesteps"])
+    # DDPM's forward process and velocity by their formulas (Ho et al. 2020; Salimans and Ho 2022).
+    alpha = model.noise_scheduler.alphas_cumprod[inputs["timesteps"]].sqrt().view(2, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    assert torch.allclose(noisy, alpha * inputs["latents"] + sigma * inputs["noise"], atol=1e-6)
+    velocity = alpha * inputs["noise"] - sigma * inputs["latents"]
+    target = velocity if name == "base_model_v" else inputs["noise"]
+    with torch.no_grad():
+        prediction = model.unet(noisy, inputs["timesteps"], model.encode_prompts(inputs["input_ids"])).sample
+        expected = (prediction - target).square().sum([1, 2, 3]).div(64).mean()
+        assert torch.allclose(model(**inputs)[0], expected, rtol=1e-5)
+
+
+def test_training_lowers_the_loss(base_model: Path) -> None:
+    model = load(base_model)
+    optimizer = torch.optim.AdamW(model.trained().values(), lr=1e-2)
+    inputs = batch(model)
+    losses = []
+    for _ in range(20):
+        loss, *_ = model(**inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(base_model: Path) -> None:
+    plain, saving = load(base_model), load(base_model)
+    saving.enable_gradient_checkpointing()
+    for model in (plain, saving):
+        model.train()
+        model(**batch(model))[0].backward()
+    for name, value in plain.trained().items():
+        assert torch.allclose(value.grad, saving.trained()[name].grad, rtol=1e-4, atol=1e-7), name

@@ -1,0 +1,393 @@
+"""Training runs from the command line to the files, checkpoints and resuming included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from concept import apply_concepts, load_concept
+from data import UsageError
+from tests.conftest import ROOT, draw_pictures, flags, launch, run_script
+
+Train = Callable[[list[str]], None]
+WEIGHTS = "pytorch_custom_diffusion_weights"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {name for name in names(folder) if "checkpoint" in name}
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    concept = load_concept(folder)
+    return concept.attention | concept.tokens
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+# --- what the example's own tests hold -----------------------------------------------------------
+
+
+def test_example_1_two_steps_write_both_files(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    launch(
+        *flags(base_model, pictures, tmp_path, instance_prompt="<new1>", scale_lr=True, gradient_accumulation_steps=1),
+        "--no_safe_serialization",
+    )
+    assert (tmp_path / f"{WEIGHTS}.bin").is_file()
+    assert (tmp_path / "<new1>.bin").is_file()
+    assert not list(tmp_path.glob("*.safetensors")), "--no_safe_serialization leaves the .bin files alone"
+
+
+def test_example_2_the_limit_keeps_the_newest_checkpoints(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, pictures, tmp_path, max_train_steps=6, checkpoints_total_limit=2, checkpointing_steps=2)
+    launch(*argv)
+    assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_example_3_resuming_removes_several_checkpoints(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(flags(base_model, pictures, tmp_path, max_train_steps=4, checkpointing_steps=2))
+    assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-4"}
+    launch(
+        *flags(base_model, pictures, tmp_path, max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2),
+        "--resume_from_checkpoint=checkpoint-4",
+    )
+    assert checkpoints(tmp_path) == {"checkpoint-6", "checkpoint-8"}
+
+
+# --- one run with everything ---------------------------------------------------------------------
+
+
+def test_the_output_folder(trained: Path) -> None:
+    assert names(trained) == {
+        f"{WEIGHTS}.bin",
+        f"{WEIGHTS}.safetensors",
+        "<new1>.bin",
+        "<new1>.safetensors",
+        "README.md",
+        "image_0.png",
+        "image_1.png",
+        "checkpoint-3",
+        "checkpoint-6",
+        "validation",
+        "logs",
+    }
+    for ending in ("bin", "safetensors"):
+        assert (trained / f"<new1>.{ending}").stat().st_size < 4096, "a vector, not the table it was cut from"
+
+
+def test_saved_keys_and_shapes_are_the_examples(trained: Path) -> None:
+    binary = torch.load(trained / f"{WEIGHTS}.bin", weights_only=True)
+    weights = {key: value for key, value in binary.items() if len(value)}
+    layers = [
+        "down_blocks.0.attentions.0.transformer_blocks.0",
+        "mid_block.attentions.0.transformer_blocks.0",
+        "up_blocks.1.attentions.0.transformer_blocks.0",
+        "up_blocks.1.attentions.1.transformer_blocks.0",
+    ]
+    assert set(weights) == {
+        f"{layer}.attn2.processor.to_{part}_custom_diffusion.weight" for layer in layers for part in "kv"
+    }
+    assert set(binary) - set(weights) == {f"{layer}.attn1.processor" for layer in layers}
+    assert weights[
+        "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight"
+    ].shape == (
+        32,
+        32,
+    )
+    safe = {key: value for key, value in load_file(trained / f"{WEIGHTS}.safetensors").items() if len(value)}
+    assert_equal(weights, safe)
+    token = torch.load(trained / "<new1>.bin", weights_only=True)
+    assert token.keys() == {"<new1>"}
+    assert token["<new1>"].shape == (32,)
+    assert token["<new1>"].dtype == torch.float32
+    assert_equal(token, load_file(trained / "<new1>.safetensors"))
+
+
+def test_something_was_learned_and_nothing_is_broken(trained: Path, base_model: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(base_model)
+    for key, value in load_concept(trained).attention.items():
+        name = key.replace(".processor.", ".").replace("_custom_diffusion", "")
+        assert not torch.allclose(value, pipeline.unet.state_dict()[name], atol=1e-3), f"{name} has not moved"
+    start = pipeline.text_encoder.get_input_embeddings().weight[42170]
+    assert not torch.allclose(load_concept(trained).tokens["<new1>"], start, atol=1e-3)
+
+
+def test_every_checkpoint_is_a_concept(trained: Path, base_model: Path) -> None:
+    for name in ("checkpoint-3", "checkpoint-6"):
+        assert names(trained / name) == {f"{WEIGHTS}.safetensors", "<new1>.safetensors", "README.md", "training_state"}
+        pipeline = StableDiffusionPipeline.from_pretrained(base_model)
+        concept = load_concept(trained / name)
+        assert concept.base_model == str(base_model)
+        apply_concepts(pipeline, concept)
+    assert_equal(learned(trained / "checkpoint-6"), learned(trained))
+    assert "| steps | 3 |" in (trained / "checkpoint-3" / "README.md").read_text()
+
+
+def test_checkpoints_hold_only_what_is_trained(trained: Path) -> None:
+    size = sum(path.stat().st_size for path in (trained / "checkpoint-6").rglob("*") if path.is_file())
+    values = sum(value.numel() for value in learned(trained).values())
+    # The values and Adam's two moments, and some 50 kB for random states, file headers and the card.
+    assert size < 3 * 4 * values + 60_000
+
+
+def test_validation_pictures_are_written_and_logged(trained: Path) -> None:
+    # Steps 2 and 4 on the way (once each, though two batches make a step) and 6 at the end.
+    assert names(trained / "validation") == {f"step_00000{step}_{i}.png" for step in (2, 4, 6) for i in range(2)}
+    first = np.asarray(Image.open(trained / "validation" / "step_000002_0.png"), dtype=int)
+    last = np.asarray(Image.open(trained / "validation" / "step_000006_0.png"), dtype=int)
+    assert first.shape == (64, 64, 3)
+    assert np.abs(first - last).mean() > 1, "the concept has changed in between"
+    events = EventAccumulator(str(trained / "logs" / "custom-diffusion"), size_guidance={"images": 0})
+    events.Reload()
+    assert {event.step for event in events.Images("validation")} == {2, 4}
+    assert {event.step for event in events.Images("test")} == {6}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert all(event.value == pytest.approx(1e-2) for event in events.Scalars("lr"))
+    for loss, instance, prior in zip(
+        events.Scalars("loss"), events.Scalars("instance_loss"), events.Scalars("prior_loss"), strict=True
+    ):
+        assert loss.value == pytest.approx(instance.value + prior.value, rel=1e-4)
+
+
+def test_the_card_tells_what_is_needed(trained: Path, base_model: Path) -> None:
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.base_model == str(base_model)
+    assert card.data.instance_prompt == "photo of a <new1> cat"
+    assert card.data.license
+    for text in ("`<new1>`", "./image_0.png", "./image_1.png", "_pipeline=pipeline", "| steps | 6 |"):
+        assert text in card.text
+
+
+def test_generated_class_images(trained: Path) -> None:
+    images = sorted((trained.parent / "class").iterdir())
+    assert [path.name.split("-")[0] for path in images] == ["0", "1", "2"]
+    assert len({Image.open(path).tobytes() for path in images}) == 3
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_bit_equal(
+    trained: Path, base_model: Path, pictures: Path, tmp_path: Path, workers: int, train_here: Train
+) -> None:
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    train_here(
+        flags(
+            base_model,
+            pictures,
+            tmp_path,
+            with_prior_preservation=True,
+            class_data_dir=trained.parent / "class",
+            class_prompt="cat",
+            num_class_images=3,
+            learning_rate=1e-2,
+            max_train_steps=6,
+            gradient_accumulation_steps=2,
+            dataloader_num_workers=workers,
+            hflip=True,
+            resume_from_checkpoint="latest",
+        )
+    )
+    assert_equal(learned(tmp_path), learned(trained))
+
+
+def test_latest_starts_afresh_where_there_is_none(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_here(flags(base_model, pictures, tmp_path / "out", resume_from_checkpoint="latest"))
+    assert "no checkpoint" in caplog.text
+    assert "starts afresh" in caplog.text
+    assert learned(tmp_path / "out")
+
+
+def test_resuming_with_other_tokens_is_refused(
+    trained: Path, base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    more = {"modifier_token": "<new2>", "instance_prompt": "<new2>", "resume_from_checkpoint": "checkpoint-3"}
+    with pytest.raises(UsageError, match=r"does not fit this run \('<new2>'\)"):
+        train_here(flags(base_model, pictures, tmp_path, **more))
+
+
+def test_a_half_written_checkpoint_is_never_picked(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1))
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.tmp")
+    (tmp_path / ".checkpoint-2.tmp" / f"{WEIGHTS}.safetensors").write_bytes(b"half")
+    argv = flags(base_model, pictures, tmp_path, checkpointing_steps=1, resume_from_checkpoint="latest")
+    train_here(argv)
+    assert checkpoints(tmp_path) == {"checkpoint-1", "checkpoint-2"}
+
+
+# --- variants ------------------------------------------------------------------------------------
+
+
+def test_without_modifier_token(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(flags(base_model, pictures, tmp_path, modifier_token=None, instance_prompt="photo of a cat"))
+    concept = load_concept(tmp_path)
+    assert concept.attention
+    assert not concept.tokens
+
+
+def test_several_concepts(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    pots = draw_pictures(tmp_path / "pot", 3)
+    concepts = [
+        {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": str(pictures)},
+        {"instance_prompt": "photo of a <new2> pot", "instance_data_dir": str(pots)},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(concepts))
+    more = {"instance_prompt": None, "concepts_list": tmp_path / "list.json", "modifier_token": "<new1>+<new2>"}
+    train_here(flags(base_model, tmp_path, tmp_path / "out", instance_data_dir=None, learning_rate=1e-2, **more))
+    tokens = load_concept(tmp_path / "out").tokens
+    table = StableDiffusionPipeline.from_pretrained(base_model).text_encoder.get_input_embeddings().weight
+    assert list(tokens) == ["<new1>", "<new2>"]
+    assert torch.allclose(tokens["<new1>"], table[42170], atol=0.1)
+    assert torch.allclose(tokens["<new2>"], table[47629], atol=0.1)
+
+
+def test_real_class_images(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    draw_pictures(tmp_path / "real" / "images", 4)
+    (tmp_path / "real" / "images.txt").write_text("".join(f"{tmp_path}/real/images/{i}.png\n" for i in range(4)))
+    (tmp_path / "real" / "caption.txt").write_text("".join(f"cat number {i}\n" for i in range(4)))
+    more = {"class_prompt": "cat", "class_data_dir": tmp_path / "real", "num_class_images": 3}
+    train_here(flags(base_model, pictures, tmp_path / "out", with_prior_preservation=True, real_prior=True, **more))
+    assert learned(tmp_path / "out")
+    assert names(tmp_path / "real" / "images") == {f"{i}.png" for i in range(4)}, "nothing is added"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"freeze_model": "crossattn", "mixed_precision": "bf16", "gradient_checkpointing": True, "noaug": True},
+        {"lr_scheduler": "cosine", "set_grads_to_none": True, "mixed_precision": "bf16", "scale_lr": True},
+    ],
+)
+def test_combinations_of_flags(
+    more: dict[str, object], base_model_v: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(flags(base_model_v, pictures, tmp_path, **more))
+    weights = learned(tmp_path)
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    keys = {key.split(".processor.")[1] for key in weights if ".processor." in key}
+    queries_and_outputs = {
+        "to_q_custom_diffusion.weight",
+        "to_out_custom_diffusion.0.weight",
+        "to_out_custom_diffusion.0.bias",
+    }
+    assert (queries_and_outputs <= keys) == (more.get("freeze_model") == "crossattn")
+    apply_concepts(StableDiffusionPipeline.from_pretrained(base_model_v), load_concept(tmp_path))
+
+
+def test_updates_are_not_lost_in_bfloat16(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    # An update of 1e-5 is far below what bfloat16 resolves at the size of these weights.
+    train_here(flags(base_model, pictures, tmp_path, mixed_precision="bf16", max_train_steps=3))
+    plain = StableDiffusionPipeline.from_pretrained(base_model).unet.state_dict()
+    for key, value in load_concept(tmp_path).attention.items():
+        moved = (value - plain[key.replace(".processor.", ".").replace("_custom_diffusion", "")]).abs()
+        assert 0 < moved.max() < 1e-4
+        assert (moved > 0).float().mean() > 0.9
+
+
+def test_eight_bit_adam(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(flags(base_model, pictures, tmp_path, use_8bit_adam=True))
+    assert learned(tmp_path)
+
+
+def test_epochs_are_counted_in_pictures(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Five pictures in batches of two are three batches, and two of these make a step: two steps an epoch.
+    more = {"max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    train_here(flags(base_model, pictures, tmp_path, **more))
+    assert capsys.readouterr().out.strip().startswith("6 steps")
+
+
+def test_the_learning_rate_is_scaled(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    class_images = draw_pictures(tmp_path / "class", 2)
+    more = {
+        "with_prior_preservation": True,
+        "class_data_dir": class_images,
+        "class_prompt": "cat",
+        "num_class_images": 2,
+    }
+    more |= {"scale_lr": True, "train_batch_size": 2, "gradient_accumulation_steps": 3, "report_to": "tensorboard"}
+    train_here(flags(base_model, pictures, tmp_path / "out", max_train_steps=1, **more))
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "custom-diffusion"))
+    events.Reload()
+    assert events.Scalars("lr")[0].value == pytest.approx(1e-5 * 2 * 3 * 2)
+
+
+def test_class_images_are_topped_up(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    more = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "cat"}
+    argv = flags(base_model, pictures, tmp_path / "out", max_train_steps=1, **more)
+    train_here([*argv, "--num_class_images=4", "--sample_batch_size=3"])
+    all_four = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert sorted(name.split("-")[0] for name in all_four) == ["0", "1", "2", "3"]
+    removed = next(name for name in all_four if name.startswith("1-"))
+    (tmp_path / "class" / removed).unlink()
+    kept = {name: (tmp_path / "class" / name).stat().st_mtime_ns for name in all_four if name != removed}
+    train_here([*argv, "--num_class_images=4", "--sample_batch_size=1"])
+    # The one that was gone is made again from its own noise (batches round differently), and no other is touched.
+    assert {name: (tmp_path / "class" / name).stat().st_mtime_ns for name in kept} == kept
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").iterdir()) == ["0", "1", "2", "3"]
+
+
+def test_wandb_gets_losses_and_pictures(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, pictures, tmp_path / "out", report_to="wandb", max_train_steps=3)
+    launch(
+        *argv,
+        "--validation_prompt=<new1>",
+        "--validation_steps=2",
+        "--num_validation_images=1",
+        WANDB_DIR=str(tmp_path),
+    )
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(flags(base_model, pictures, tmp_path, hub_token="hf_secret", report_to="tensorboard"))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes(), f"the token stands in {path}"
+
+
+def test_all_cores_are_used(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, torch, train_custom_diffusion as t; t.use_all_cores();"
+        "assert torch.get_num_threads() == len(os.sched_getaffinity(0)), torch.get_num_threads()"
+    )
+    for environment in ({"OMP_NUM_THREADS": "1"}, {}):
+        result = run_script("python", "-c", code, **environment)
+        assert result.returncode == 0, result.stderr
+
+
+def test_photographs_of_a_real_cat(base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    folder = ROOT.parent / "shared" / "photos" / "cat2"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not part of a clone")
+    train_here(flags(base_model, folder, tmp_path, hflip=True))
+    assert learned(tmp_path)

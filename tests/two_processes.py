@@ -1,0 +1,32 @@
+"""Run by torchrun in test_distributed.py: train, then compare what the processes ended with.
+
+Prints the largest difference between the processes, and how many class images each has made.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate.utils import gather_object
+
+import train_custom_diffusion
+
+
+def main() -> None:
+    """Train with the arguments of the command line."""
+    run = train_custom_diffusion.prepare_run(train_custom_diffusion.parse_args(sys.argv[1:]))
+    train_custom_diffusion.train(run, first_step=train_custom_diffusion.resume(run))
+    mine = torch.cat([parameter.detach().flatten() for parameter in run.module.trained().values()])
+    everyone = gather_object([mine])
+    if run.accelerator.is_main_process:
+        train_custom_diffusion.save_result(run)
+        assert len(everyone) == run.accelerator.num_processes
+        print("difference", max((other - mine).abs().max().item() for other in everyone))
+        print("processes", len(everyone))
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
