@@ -19,7 +19,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image, PngImagePlugin
@@ -33,7 +32,6 @@ SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "euler": EulerDiscreteScheduler,
     "euler_a": EulerAncestralDiscreteScheduler,
-    "pndm": PNDMScheduler,
     "unipc": UniPCMultistepScheduler,
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
