@@ -723,6 +723,11 @@ def generate_class_images(
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
+        if (folder / "images.txt").exists():
+            raise UsageError(
+                f"{str(folder)!r} holds real class images, as retrieve.py brings them: add --real_prior, "
+                "or give another --class_data_dir for generated ones"
+            )
         present, _ = readable_images([path for path in folder.iterdir() if path.is_file()])
         numbers = [int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdecimal()]
         # Every process has to count before one of them writes.
@@ -849,17 +854,14 @@ class Run:
     """What the loop works with; ``model`` is the prepared module, maybe wrapped for several processes."""
 
     args: argparse.Namespace
-    concepts: list[dict[str, str]]
+    inputs: Inputs
     accelerator: Accelerator
-    tokenizer: CLIPTokenizer
     vae: AutoencoderKL
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     dataset: CustomDiffusionDataset
-    collate: Callable
     total_steps: int
-    checkpoint: Path | None
 
     @property
     def module(self) -> CustomDiffusion:
@@ -892,18 +894,25 @@ def use_all_cores() -> None:
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model."""
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-        kwargs_handlers=[
-            # The frozen weights are in the compute type already: autocast would only cast again at every step.
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
+
+    Raises:
+        UsageError: where accelerate's own configuration asks for what this machine cannot do.
+    """
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            kwargs_handlers=[
+                # The frozen weights are in the compute type already: autocast would only cast again at every step.
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    except ValueError as error:
+        raise UsageError(f"accelerate's configuration does not fit this machine: {error}") from error
     # Checkpoints hold what is trained, and save_checkpoint writes that; the frozen gigabytes stay where they are.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -931,10 +940,23 @@ def build_optimizer(
     )
 
 
-def prepare_run(args: argparse.Namespace) -> Run:
-    """Everything up to the first step: what is cheap to check comes before what is slow to load."""
-    accelerator = build_accelerator(args)
-    quiet_libraries(accelerator)
+@dataclass(frozen=True)
+class Inputs:
+    """What the user gave, read and checked; no weights among it."""
+
+    concepts: list[dict[str, str]]
+    instance_images: list[tuple[Path, str]]
+    class_images: list[tuple[Path, str]]
+    checkpoint: Path | None
+    noise_scheduler: DDPMScheduler
+    latent_channels: int
+    latent_size: int
+    tokenizer: CLIPTokenizer
+    modifier_tokens: ModifierTokens
+
+
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Read and check all that is small: a mistake should show before anything slow is loaded or written."""
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args, concepts)
     instance_images = find_instance_images(concepts)
@@ -943,37 +965,31 @@ def prepare_run(args: argparse.Namespace) -> Run:
     noise_scheduler, latent_channels, latent_size = check_base_model(args)
     tokenizer = load_tokenizer(args)
     modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
-
-    make_output_dir(args)
-    # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
-    set_seed(args.seed, device_specific=True)
-    if accelerator.is_main_process:
-        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
-        if args.push_to_hub:
-            create_hub_repository(args)
-    if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(args, concepts, accelerator)
-        class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
-    dataset = CustomDiffusionDataset(
+    return Inputs(
+        concepts,
         instance_images,
         class_images,
+        checkpoint,
+        noise_scheduler,
+        latent_channels,
+        latent_size,
         tokenizer,
-        size=args.resolution,
-        mask_size=latent_size,
-        center_crop=args.center_crop,
-        hflip=args.hflip,
-        aug=not args.noaug,
-        seed=args.seed,
+        modifier_tokens,
     )
 
+
+def load_models(
+    args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator
+) -> tuple[CustomDiffusion, AutoencoderKL]:
+    """The trainable module and the frozen VAE, all that is frozen in the compute type."""
     compute_type = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     load = partial(load_pretrained, args=args, variant=args.variant)
     # The projections to train are copied from these full-precision weights, before the rest is cast.
     model = CustomDiffusion(
         load(CLIPTextModel.from_pretrained, subfolder="text_encoder", dtype=torch.float32),
         load(UNet2DConditionModel.from_pretrained, subfolder="unet", dtype=torch.float32),
-        noise_scheduler,
-        modifier_tokens,
+        inputs.noise_scheduler,
+        inputs.modifier_tokens,
         train_q_out=args.freeze_model == "crossattn",
         use_xformers=args.enable_xformers_memory_efficient_attention,
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
@@ -983,13 +999,44 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     vae = load(AutoencoderKL.from_pretrained, subfolder="vae", dtype=compute_type)
-    vae.requires_grad_(False).to(accelerator.device)
+    return model, vae.requires_grad_(False).to(accelerator.device)
+
+
+def prepare_run(args: argparse.Namespace) -> Run:
+    """Everything up to the first step."""
+    accelerator = build_accelerator(args)
+    quiet_libraries(accelerator)
+    inputs = check_inputs(args)
+    make_output_dir(args)
+    # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
+    set_seed(args.seed, device_specific=True)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if accelerator.is_main_process:
+        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+        if args.push_to_hub:
+            create_hub_repository(args)
 
+    class_images = inputs.class_images
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(args, inputs.concepts, accelerator)
+        class_images = find_class_images(inputs.concepts, args.num_class_images, real_prior=False)
+    dataset = CustomDiffusionDataset(
+        inputs.instance_images,
+        class_images,
+        inputs.tokenizer,
+        size=args.resolution,
+        mask_size=inputs.latent_size,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        aug=not args.noaug,
+        seed=args.seed,
+    )
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * accelerator.num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+
+    model, vae = load_models(args, inputs, accelerator)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator.num_processes)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -999,26 +1046,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         num_training_steps=total_steps * accelerator.num_processes,
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    collate = partial(
-        collate_fn,
-        with_prior_preservation=args.with_prior_preservation,
-        latent_channels=latent_channels,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
-    return Run(
-        args,
-        concepts,
-        accelerator,
-        tokenizer,
-        vae,
-        model,
-        optimizer,
-        lr_scheduler,
-        dataset,
-        collate,
-        total_steps,
-        checkpoint,
-    )
+    return Run(args, inputs, accelerator, vae, model, optimizer, lr_scheduler, dataset, total_steps)
 
 
 def make_output_dir(args: argparse.Namespace) -> None:
@@ -1050,7 +1078,7 @@ def quiet_libraries(accelerator: Accelerator) -> None:
 
 def resume(run: Run) -> int:
     """Go on from the checkpoint of ``--resume_from_checkpoint``; gives the number of steps already done."""
-    path = run.checkpoint
+    path = run.inputs.checkpoint
     if path is None:
         present = list_checkpoints(Path(run.args.output_dir))
         if present and run.args.resume_from_checkpoint is None:
@@ -1080,7 +1108,12 @@ def training_batches(run: Run, first_step: int) -> Iterator[dict[str, Tensor]]:
     loader = DataLoader(
         run.dataset,
         batch_sampler=positions,
-        collate_fn=run.collate,
+        collate_fn=partial(
+            collate_fn,
+            with_prior_preservation=args.with_prior_preservation,
+            latent_channels=run.inputs.latent_channels,
+            num_train_timesteps=run.inputs.noise_scheduler.config.num_train_timesteps,
+        ),
         num_workers=args.dataloader_num_workers,
         pin_memory=on_gpu,
     )
@@ -1157,7 +1190,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     pipeline = StableDiffusionPipeline(
         vae=run.vae,
         text_encoder=module.text_encoder,
-        tokenizer=run.tokenizer,
+        tokenizer=run.inputs.tokenizer,
         unet=module.unet,
         scheduler=DPMSolverMultistepScheduler.from_config(module.noise_scheduler.config),
         safety_checker=None,
@@ -1213,7 +1246,7 @@ def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = 
         "seed",
     ]
     settings = {"steps": steps} | {name: getattr(args, name) for name in shown}
-    prompts = [entry["instance_prompt"] for entry in run.concepts]
+    prompts = [entry["instance_prompt"] for entry in run.inputs.concepts]
     return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
 
 
@@ -1298,7 +1331,7 @@ def peak_memory() -> str:
 def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], address: str | None) -> None:
     """What a user wants to know at the end, and what to type next."""
     args = run.args
-    prompt = args.validation_prompt or run.concepts[0]["instance_prompt"]
+    prompt = args.validation_prompt or run.inputs.concepts[0]["instance_prompt"]
     command = ["python", "infer.py", "--prompt", prompt]
     if args.output_dir != build_parser().get_default("output_dir"):
         command += ["--model_dir", args.output_dir]
