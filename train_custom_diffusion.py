@@ -40,7 +40,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
-    DistributedDataParallelKwargs,
     LoggerType,
     ProjectConfiguration,
     set_seed,
@@ -908,7 +907,6 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             kwargs_handlers=[
                 # The frozen weights are in the compute type already: autocast would only cast again at every step.
                 AutocastKwargs(enabled=False),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
     except ValueError as error:
