@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
@@ -112,8 +113,12 @@ def build_random_model(name: str, folder: Path, seed: int = 0) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    # save_pretrained writes transformers' newer tokenizer.json; Stable Diffusion's own repositories have these two.
+    # What Stable Diffusion's own repositories hold is older than what save_pretrained writes today: vocab.json and
+    # merges.txt rather than tokenizer.json, and a prefix before the text encoder's weights.
     _write_tokenizer(folder / "tokenizer")
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
     return folder
 
 
