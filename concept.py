@@ -139,11 +139,12 @@ def save_concept(
         The names of the files written, relative to ``folder``.
 
     Raises:
-        ConceptError: for a token that cannot be a file name.
+        ConceptError: for a token that cannot be a file name, or values that are not finite; nothing is written then.
     """
     folder = Path(folder)
     for token in concept.tokens:
         check_token_name(token)
+    _check_finite(concept)
     folder.mkdir(parents=True, exist_ok=True)
     # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
     cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
@@ -201,12 +202,15 @@ def load_concept(source: str | os.PathLike) -> Concept:
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin and no token file; "
             "give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
         )
-    for name, tensor in (attention | tokens).items():
+    concept = Concept(attention, tokens, _base_model(folder), str(source))
+    _check_finite(concept)
+    return concept
+
+
+def _check_finite(concept: Concept) -> None:
+    for name, tensor in (concept.attention | concept.tokens).items():
         if not torch.isfinite(tensor).all():
-            raise ConceptError(
-                f"{name!r} in {str(source)!r} holds values that are not finite: that training run failed"
-            )
-    return Concept(attention, tokens, _base_model(folder), str(source))
+            raise ConceptError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
 
 def _local_folder(source: str) -> Path:

@@ -20,6 +20,7 @@ import mmap
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -84,6 +85,30 @@ from data import (
 )
 
 logger = logging.getLogger("custom_diffusion")
+
+SETTINGS_NAME = "training_settings.json"
+# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
+FREE_ON_RESUME = {
+    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
+    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
+    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
+    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir",
+}  # fmt: skip
+MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its checkpoint is written.
+
+    Args:
+        signal_number: the signal.
+        message: one line that says how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -188,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpointing_steps", type=positive_int, default=250,
         help="Steps between checkpoints; each can be resumed from, and looked at with infer.py.")
     add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints are kept.")
+    add("--overwrite", **is_on, help="Replace another run that --output_dir holds; otherwise that is an error.")
     add("--resume_from_checkpoint",
         help="Checkpoint in --output_dir to go on from, such as 'checkpoint-250', or 'latest'.")
     add("--validation_prompt", help="Prompt of pictures that show the progress, such as '<new1> cat in a bucket'.")
@@ -814,21 +840,44 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     raise UsageError(f"there is no checkpoint {wanted!r} in {args.output_dir!r} (there: {names})")
 
 
+def last_checkpoint(output_dir: Path) -> str:
+    """Words about what can be gone on from."""
+    present = list_checkpoints(output_dir)
+    return f"the last good checkpoint is {str(present[-1])!r}" if present else "there is no checkpoint yet"
+
+
+def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
+    """The error of a full disk or a folder that cannot be written to."""
+    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    return UsageError(
+        f"{str(path)!r} cannot be written: {reason}; earlier files are intact, {last_checkpoint(output_dir)}"
+    )
+
+
 def save_checkpoint(run: Run, step: int) -> None:
     """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
 
     It gets its name only when it is complete, and older ones beyond the limit go only after that.
+
+    Raises:
+        UsageError: where it cannot be written; earlier checkpoints are intact.
     """
     accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    if accelerator.is_main_process:
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            concept = run.learned()
+            save_concept(concept, temporary, bin_too=False)
+            card = render_card(run, concept, step)
+            write_whole(temporary / CARD_NAME, lambda file: file.write(card))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary / "training_state"))
+        if accelerator.is_main_process:
+            write_settings(run.settings, temporary / "training_state")
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
         shutil.rmtree(temporary, ignore_errors=True)
-        concept = run.learned()
-        save_concept(concept, temporary, bin_too=False)
-        card = render_card(run, concept, step)
-        write_whole(temporary / CARD_NAME, lambda file: file.write(card))
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary / "training_state"))
+        raise cannot_write(path, error, output_dir) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         # An earlier run's checkpoint of the same step is moved aside first: a folder cannot be renamed onto another.
@@ -854,6 +903,7 @@ class Run:
 
     args: argparse.Namespace
     inputs: Inputs
+    settings: dict[str, Any]
     accelerator: Accelerator
     vae: AutoencoderKL
     model: nn.Module
@@ -1006,6 +1056,9 @@ def prepare_run(args: argparse.Namespace) -> Run:
     quiet_libraries(accelerator)
     inputs = check_inputs(args)
     make_output_dir(args)
+    settings = describe_settings(args, inputs, accelerator.num_processes)
+    if accelerator.is_main_process:
+        claim_output_dir(args, settings, inputs.checkpoint)
     # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
     set_seed(args.seed, device_specific=True)
     if args.allow_tf32:
@@ -1044,7 +1097,70 @@ def prepare_run(args: argparse.Namespace) -> Run:
         num_training_steps=total_steps * accelerator.num_processes,
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    return Run(args, inputs, accelerator, vae, model, optimizer, lr_scheduler, dataset, total_steps)
+    return Run(args, inputs, settings, accelerator, vae, model, optimizer, lr_scheduler, dataset, total_steps)
+
+
+def describe_settings(args: argparse.Namespace, inputs: Inputs, num_processes: int) -> dict[str, Any]:
+    """All that decides what a run learns, for comparison with another run."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
+    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in inputs.instance_images]
+    if args.with_prior_preservation:
+        settings["class_prompts"] = [concept["class_prompt"] for concept in inputs.concepts]
+    return settings
+
+
+def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
+    """Compare with the settings that another run has left in a file, if it has.
+
+    Raises:
+        UsageError: where they differ, with every difference.
+    """
+    if not path.is_file():
+        return
+    try:
+        others = json.loads(path.read_text())
+        names = sorted(settings.keys() | others.keys())
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{str(path)!r} is damaged: {advice}") from error
+    different = [
+        f"{name} {_short(others.get(name))} -> {_short(settings.get(name))}"
+        for name in names
+        if others.get(name) != settings.get(name)
+    ]
+    if different:
+        raise UsageError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def claim_output_dir(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Path | None) -> None:
+    """Make sure that the output folder holds this run or none, and leave the settings in it.
+
+    Raises:
+        UsageError: where another run is there, or was checkpointed; nothing of it is touched then.
+    """
+    folder = Path(args.output_dir)
+    if checkpoint is not None:
+        advice = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
+        check_settings(settings, checkpoint / "training_state" / SETTINGS_NAME, advice)
+    elif args.overwrite:
+        for path in list_checkpoints(folder):
+            shutil.rmtree(path)
+    else:
+        advice = "give another --output_dir, or --overwrite"
+        check_settings(settings, folder / SETTINGS_NAME, advice)
+    write_settings(settings, folder)
+
+
+def write_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Leave the settings where a later run looks for them."""
+    content = json.dumps(settings, indent=2).encode()
+    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
 
 
 def make_output_dir(args: argparse.Namespace) -> None:
@@ -1119,12 +1235,67 @@ def training_batches(run: Run, first_step: int) -> Iterator[dict[str, Tensor]]:
         yield {name: value.to(accelerator.device, non_blocking=on_gpu) for name, value in batch.items()}
 
 
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that a run ends after its step with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.number: int | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def came(self) -> bool:
+        """Whether any process was told to stop; all processes have to ask, after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.number is not None
+        mine = torch.tensor([self.number or 0], device=self.accelerator.device)
+        self.number = int(self.accelerator.gather(mine).max()) or None
+        return self.number is not None
+
+
+def check_loss(run: Run, loss: float, step: int, skipped_steps: int) -> None:
+    """Stop where training has failed.
+
+    Args:
+        loss: of this step.
+        skipped_steps: how many steps in a row fp16's loss scaling has skipped, as it does now and then.
+
+    Raises:
+        UsageError: with the step, the last good checkpoint and what to try.
+    """
+    if skipped_steps == 0 and not math.isfinite(loss):
+        what = f"the loss of step {step} is not finite"
+    elif skipped_steps >= MOST_SKIPPED_STEPS:
+        what = f"fp16 has overflowed in {skipped_steps} steps in a row up to step {step}"
+    else:
+        return
+    raise UsageError(
+        f"{what}, and training stops; {last_checkpoint(Path(run.args.output_dir))}. Likely causes: --learning_rate "
+        f"(with --scale_lr {run.optimizer.param_groups[0]['lr']:.1e}) is too high, or fp16 overflows (use "
+        "--mixed_precision bf16 or no)"
+    )
+
+
 def train(run: Run, first_step: int) -> float:
-    """The loop; gives the mean seconds per step, without validation and checkpoints."""
+    """The loop; gives the mean seconds per step, without validation and checkpoints.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, when the step is done and its checkpoint written.
+        UsageError: where the loss is not finite or a checkpoint cannot be written.
+    """
     args, accelerator = run.args, run.accelerator
     trained = list(run.module.trained().values())
-    step, busy, started = first_step, 0.0, time.perf_counter()
+    step, busy, started, skipped_steps = first_step, 0.0, time.perf_counter(), 0
     losses = torch.zeros(3)
+    stop = StopSignal(accelerator)
     progress = tqdm(
         total=run.total_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -1145,11 +1316,8 @@ def train(run: Run, first_step: int) -> float:
         step += 1
         mean_loss, instance_loss, prior_loss = (losses / args.gradient_accumulation_steps).tolist()
         losses = torch.zeros(3)
-        if not math.isfinite(mean_loss):
-            raise UsageError(
-                f"the loss of step {step} is not finite, and training stops; what was saved before stays. "
-                "Try a lower --learning_rate, or --mixed_precision bf16 or no"
-            )
+        skipped_steps = skipped_steps + 1 if accelerator.optimizer_step_was_skipped else 0
+        check_loss(run, mean_loss, step, skipped_steps)
         logs = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0]}
         progress.update(1)
         progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{logs['lr']:.1e}")
@@ -1158,12 +1326,20 @@ def train(run: Run, first_step: int) -> float:
         accelerator.log(logs, step=step)
         busy += time.perf_counter() - started
 
-        if step % args.checkpointing_steps == 0:
+        stopped = stop.came()
+        if step % args.checkpointing_steps == 0 or stopped:
             save_checkpoint(run, step)
+        if stopped and step < run.total_steps:
+            progress.close()
+            name = signal.Signals(stop.number).name
+            raise Interrupted(
+                stop.number, f"stopped by {name} after step {step}; go on with --resume_from_checkpoint=latest"
+            )
         if step % args.validation_steps == 0 and step < run.total_steps:
             validate(run, step, "validation")
         started = time.perf_counter()
     progress.close()
+    stop.restore()
     return busy / max(1, step - first_step)
 
 
@@ -1258,11 +1434,18 @@ class Result:
 
 
 def save_result(run: Run) -> Result:
-    """Write weights, tokens, sample pictures and model card into the output folder."""
+    """Write weights, tokens, sample pictures and model card into the output folder.
+
+    Raises:
+        UsageError: where the weights cannot be written.
+    """
     args, folder = run.args, Path(run.args.output_dir)
     concept = run.learned()
     # Weights first: whatever happens to the pictures, what was learned is safe.
-    files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
+    try:
+        files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
+    except (OSError, RuntimeError) as error:
+        raise cannot_write(folder, error, folder) from error
     if args.no_safe_serialization:
         # An earlier run's safetensors would be preferred to what this one has just written.
         for name in files:
@@ -1369,3 +1552,9 @@ if __name__ == "__main__":
     except (UsageError, ConceptError) as error:
         # Every process finds the same error; one line of it is enough.
         sys.exit(f"error: {error}" if int(os.environ.get("LOCAL_RANK", "0")) <= 0 else 1)
+    except Interrupted as interruption:
+        if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+            print(interruption, file=sys.stderr)
+        sys.exit(interruption.exit_code)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step; run the same command again")

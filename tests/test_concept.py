@@ -313,7 +313,10 @@ def test_a_damaged_file_is_named(name: str, trained: Path, tmp_path: Path) -> No
 def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:
     concept = load_concept(trained)
     concept.tokens["<new1>"][3] = float("nan")
-    save_concept(concept, tmp_path)
+    with pytest.raises(ConceptError, match="not finite"):
+        save_concept(concept, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_file({"<new1>": concept.tokens["<new1>"]}, tmp_path / "<new1>.safetensors")
     with pytest.raises(ConceptError, match="not finite"):
         load_concept(tmp_path)
 

@@ -260,8 +260,8 @@ def test_a_sample_depends_only_on_seed_epoch_and_index(pictures: Path, tokenizer
 def test_two_processes_see_what_one_with_the_double_batch_sees(pictures: Path, tokenizer: CLIPTokenizer) -> None:
     class_images = find_instance_images([concept(pictures)])
     samples = dataset(pictures, tokenizer, class_images=class_images)
-    together = collated(samples, position_batches(2, 4, 2, 0, 1), workers=0)
-    apart = [collated(samples, position_batches(2, 4, 1, process, 2), workers=0) for process in (0, 1)]
+    together = collated(samples, position_batches(2, 4, 4, 0, 1), workers=0)
+    apart = [collated(samples, position_batches(2, 4, 2, process, 2), workers=0) for process in (0, 1)]
     for one, *both in zip(together, *apart, strict=True):
         for name, value in one.items():
             # Instance pictures come first, class images behind them.

@@ -90,6 +90,7 @@ def test_the_output_folder(trained: Path) -> None:
         "checkpoint-6",
         "validation",
         "logs",
+        "training_settings.json",
     }
     for ending in ("bin", "safetensors"):
         assert (trained / f"<new1>.{ending}").stat().st_size < 4096, "a vector, not the table it was cut from"
@@ -221,13 +222,40 @@ def test_latest_starts_afresh_where_there_is_none(
     assert learned(tmp_path / "out")
 
 
-def test_resuming_with_other_tokens_is_refused(
+def test_resuming_with_other_settings_is_refused(
     trained: Path, base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
 ) -> None:
     shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     more = {"modifier_token": "<new2>", "instance_prompt": "<new2>", "resume_from_checkpoint": "checkpoint-3"}
-    with pytest.raises(UsageError, match=r"does not fit this run \('<new2>'\)"):
+    with pytest.raises(UsageError) as caught:
         train_here(flags(base_model, pictures, tmp_path, **more))
+    for difference in ('modifier_token "<new1>" -> "<new2>"', "learning_rate 0.01 -> 1e-05", "--overwrite"):
+        assert difference in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_other_projections_is_refused(
+    trained: Path, base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "training_state" / "training_settings.json").unlink()
+    more = {"freeze_model": "crossattn", "resume_from_checkpoint": "latest"}
+    with pytest.raises(UsageError, match=r"does not fit this run .*to_q"):
+        train_here(flags(base_model, pictures, tmp_path, **more))
+
+
+def test_another_runs_folder_is_not_written_to(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"seed 42 -> 43.*--overwrite"):
+        train_here(flags(base_model, pictures, tmp_path, seed=43))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1))  # the same settings
+    train_here(flags(base_model, pictures, tmp_path, seed=43, overwrite=True))
+    assert not checkpoints(tmp_path), "those of the other run are gone, so that latest cannot pick them"
 
 
 def test_a_half_written_checkpoint_is_never_picked(
