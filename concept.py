@@ -38,6 +38,7 @@ _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\."
     r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
 )
+_HALF_WRITTEN = (".half-written-", ".tmp")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -107,7 +108,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
         write: called with the open binary file.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             # mkstemp makes private files; a result follows the user's umask like any other.
@@ -121,6 +122,12 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what :func:`write_whole` has left in a folder where the process was killed."""
+    for path in folder.glob(f"{_HALF_WRITTEN[0]}*{_HALF_WRITTEN[1]}"):
+        path.unlink(missing_ok=True)
 
 
 def save_concept(

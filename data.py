@@ -16,7 +16,6 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
 from transformers import CLIPTokenizer
 
 logger = logging.getLogger("custom_diffusion")
@@ -315,13 +314,16 @@ class CustomDiffusionDataset(Dataset):
     def _preprocess_class_image(self, image: Image.Image, random: np.random.Generator) -> Tensor:
         if random.random() < self.flip_probability:
             image = ImageOps.mirror(image)
-        image = TF.resize(image, [self.size], InterpolationMode.BILINEAR)
+        # Cropped before it is resized: a panorama would otherwise become gigabytes first.
         width, height = image.size
+        side = min(width, height)
         if self.center_crop:
-            return _to_tensor(TF.center_crop(image, [self.size, self.size]))
-        top = int(random.integers(height - self.size + 1))
-        left = int(random.integers(width - self.size + 1))
-        return _to_tensor(TF.crop(image, top, left, self.size, self.size))
+            image = TF.center_crop(image, [side, side])
+        else:
+            image = TF.crop(
+                image, int(random.integers(height - side + 1)), int(random.integers(width - side + 1)), side, side
+            )
+        return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
 
     def _tokenize(self, prompt: str) -> Tensor:
         return self.tokenizer(

@@ -70,6 +70,7 @@ from concept import (
     is_hub_id,
     load_concept,
     model_card,
+    remove_half_written,
     save_concept,
     write_whole,
 )
@@ -250,6 +251,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--real_prior says which class images to use, but without --with_prior_preservation none are used")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
+    if args.validation_prompt is not None and not args.validation_prompt.isprintable():
+        parser.error(f"--validation_prompt {args.validation_prompt!r} holds line breaks or characters that are no text")
     if args.num_validation_images < 0 or args.lr_warmup_steps < 0 or args.dataloader_num_workers < 0:
         parser.error("--num_validation_images, --lr_warmup_steps and --dataloader_num_workers cannot be negative")
     if args.enable_xformers_memory_efficient_attention:
@@ -308,6 +311,9 @@ def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
                 if not isinstance(concept.get(key), str) or not concept[key]:
                     raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
     for concept in concepts:
+        for key in needed:
+            if not concept[key].isprintable():
+                raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
         if not Path(concept["instance_data_dir"]).is_dir():
             raise UsageError(f"there is no folder {concept['instance_data_dir']!r} (instance_data_dir)")
     return concepts
@@ -747,6 +753,7 @@ def generate_class_images(
         folder = Path(concept["class_data_dir"])
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_half_written(folder)
         accelerator.wait_for_everyone()
         if (folder / "images.txt").exists():
             raise UsageError(
@@ -804,6 +811,19 @@ def generate_class_images(
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Clean up what a run that was killed has left half-written; a complete checkpoint that was moved aside returns."""
+    for aside in output_dir.glob(".checkpoint-*.old"):
+        checkpoint = output_dir / aside.name.removeprefix(".").removesuffix(".old")
+        if checkpoint.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(checkpoint)
+    for half in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(half)
+    remove_half_written(output_dir)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1054,6 +1074,9 @@ def prepare_run(args: argparse.Namespace) -> Run:
     """Everything up to the first step."""
     accelerator = build_accelerator(args)
     quiet_libraries(accelerator)
+    if accelerator.is_main_process:
+        remove_leftovers(Path(args.output_dir))
+    accelerator.wait_for_everyone()
     inputs = check_inputs(args)
     make_output_dir(args)
     settings = describe_settings(args, inputs, accelerator.num_processes)
@@ -1247,6 +1270,12 @@ class StopSignal:
         self.number = number
         self.restore()
 
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
     def restore(self) -> None:
         """Let signals do again what they did before."""
         for number, handler in self._previous.items():
@@ -1295,51 +1324,46 @@ def train(run: Run, first_step: int) -> float:
     trained = list(run.module.trained().values())
     step, busy, started, skipped_steps = first_step, 0.0, time.perf_counter(), 0
     losses = torch.zeros(3)
-    stop = StopSignal(accelerator)
-    progress = tqdm(
-        total=run.total_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    for batch in training_batches(run, first_step):
-        with accelerator.accumulate(run.model):
-            latents = encode_images(run.vae, batch.pop("pixel_values"), batch.pop("posterior_noise"))
-            loss, *parts = run.model(latents, **batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-            run.optimizer.step()
-            run.lr_scheduler.step()
-            run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
-        losses = losses + torch.stack([loss, *parts]).detach().cpu()
-        if not accelerator.sync_gradients:
-            continue
+    bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
+    with StopSignal(accelerator) as stop, bar(total=run.total_steps, initial=first_step) as progress:
+        for batch in training_batches(run, first_step):
+            with accelerator.accumulate(run.model):
+                latents = encode_images(run.vae, batch.pop("pixel_values"), batch.pop("posterior_noise"))
+                loss, *parts = run.model(latents, **batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                run.optimizer.step()
+                run.lr_scheduler.step()
+                run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+            losses = losses + torch.stack([loss, *parts]).detach().cpu()
+            if not accelerator.sync_gradients:
+                continue
 
-        step += 1
-        mean_loss, instance_loss, prior_loss = (losses / args.gradient_accumulation_steps).tolist()
-        losses = torch.zeros(3)
-        skipped_steps = skipped_steps + 1 if accelerator.optimizer_step_was_skipped else 0
-        check_loss(run, mean_loss, step, skipped_steps)
-        logs = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0]}
-        progress.update(1)
-        progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{logs['lr']:.1e}")
-        if args.with_prior_preservation:
-            logs |= {"instance_loss": instance_loss, "prior_loss": prior_loss}
-        accelerator.log(logs, step=step)
-        busy += time.perf_counter() - started
+            step += 1
+            mean_loss, instance_loss, prior_loss = (losses / args.gradient_accumulation_steps).tolist()
+            losses = torch.zeros(3)
+            skipped_steps = skipped_steps + 1 if accelerator.optimizer_step_was_skipped else 0
+            check_loss(run, mean_loss, step, skipped_steps)
+            logs = {"loss": mean_loss, "lr": run.lr_scheduler.get_last_lr()[0]}
+            progress.update(1)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{logs['lr']:.1e}")
+            if args.with_prior_preservation:
+                logs |= {"instance_loss": instance_loss, "prior_loss": prior_loss}
+            accelerator.log(logs, step=step)
+            busy += time.perf_counter() - started
 
-        stopped = stop.came()
-        if step % args.checkpointing_steps == 0 or stopped:
-            save_checkpoint(run, step)
-        if stopped and step < run.total_steps:
-            progress.close()
-            name = signal.Signals(stop.number).name
-            raise Interrupted(
-                stop.number, f"stopped by {name} after step {step}; go on with --resume_from_checkpoint=latest"
-            )
-        if step % args.validation_steps == 0 and step < run.total_steps:
-            validate(run, step, "validation")
-        started = time.perf_counter()
-    progress.close()
-    stop.restore()
+            stopped = stop.came()
+            if step % args.checkpointing_steps == 0 or stopped:
+                save_checkpoint(run, step)
+            if stopped and step < run.total_steps:
+                name = signal.Signals(stop.number).name
+                raise Interrupted(
+                    stop.number, f"stopped by {name} after step {step}; go on with --resume_from_checkpoint=latest"
+                )
+            if step % args.validation_steps == 0 and step < run.total_steps:
+                validate(run, step, "validation")
+            started = time.perf_counter()
     return busy / max(1, step - first_step)
 
 
@@ -1546,15 +1570,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.free_memory()
 
 
-if __name__ == "__main__":
+def run_command_line(argv: Sequence[str] | None = None) -> None:
+    """Run :func:`main`; whatever can go wrong for a user ends in one line and an exit code.
+
+    Raises:
+        SystemExit: with 1 for an error, 128 + its number after a signal.
+    """
+    # Every process finds the same error; one line of it is enough.
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
-        main()
+        main(argv)
     except (UsageError, ConceptError) as error:
-        # Every process finds the same error; one line of it is enough.
-        sys.exit(f"error: {error}" if int(os.environ.get("LOCAL_RANK", "0")) <= 0 else 1)
+        sys.exit(f"error: {error}" if speaks else 1)
+    except OSError as error:
+        # A full disk, a folder that may not be written to: what was written before is whole.
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}")
     except Interrupted as interruption:
-        if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        if speaks:
             print(interruption, file=sys.stderr)
         sys.exit(interruption.exit_code)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step; run the same command again")
+
+
+if __name__ == "__main__":
+    run_command_line()
