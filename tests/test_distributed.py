@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +98,67 @@ def test_a_resumed_run_of_two_processes_ends_bit_equal(
     shutil.copytree(apart[0] / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     two_processes(*run_flags(base_model, pictures, tmp_path, train_batch_size=1, resume_from_checkpoint="latest"))
     assert torch.equal(learned(tmp_path / "out"), learned(apart[0] / "out"))
+
+
+def can_make_hosts() -> bool:
+    """Whether two network namespaces can stand in for two machines here: they need root and iproute2."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "custom-diffusion-probe"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "custom-diffusion-probe"], capture_output=True)
+    return made
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a cable of their own: 10.77.0.1 and 10.77.0.2."""
+    names = [f"custom-diffusion-{number}" for number in (1, 2)]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add cd-eth1 netns {names[0]} type veth peer name cd-eth2 netns {names[1]}")
+    for number, name in enumerate(names, 1):
+        inside = f"ip netns exec {name} ip"
+        commands += [f"{inside} address add 10.77.0.{number}/24 dev cd-eth{number}", f"{inside} link set lo up"]
+        commands.append(f"{inside} link set cd-eth{number} up")
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, capture_output=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.skipif(not can_make_hosts(), reason="two network namespaces need root and iproute2")
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_machines_end_as_two_processes_do(
+    launcher: str,
+    hosts: list[str],
+    apart: tuple[Path, str],
+    base_model: Path,
+    pictures: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(apart[0] / "class", tmp_path / "class")
+    argv = run_flags(base_model, pictures, tmp_path, train_batch_size=1)
+    running = []
+    for rank, host in enumerate(hosts):
+        command = {
+            "torchrun": f"torchrun --nnodes=2 --node_rank={rank} --nproc_per_node=1 "
+            "--master_addr=10.77.0.1 --master_port=29500",
+            "accelerate": f"accelerate launch --cpu --num_machines=2 --num_processes=2 --machine_rank={rank} "
+            "--main_process_ip=10.77.0.1 --main_process_port=29500",
+        }[launcher].split()
+        program = str(Path(sys.executable).with_name(command[0]))
+        running.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", host, program, *command[1:], str(ROOT / "train_custom_diffusion.py"), *argv],
+                env=os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": f"cd-eth{rank + 1}"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=180)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    # To rounding: each "machine" believes that all cores are its own, and computes with more threads.
+    assert torch.allclose(learned(tmp_path / "out"), learned(apart[0] / "out"), atol=1e-5)
