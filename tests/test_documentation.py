@@ -96,7 +96,7 @@ def test_the_commands_of_diffusers_documentation(word: str, tokens: list[str], h
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", README))))
 def test_every_flag_in_the_readme_exists(flag: str) -> None:
     launchers = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"}
-    launchers |= {"cpu", "nproc_per_node", "quiet"}
+    launchers |= {"cpu", "nproc_per_node", "nnodes", "node_rank", "master_addr", "quiet"}
     of_infer = re.findall(r'add\("--(\w+)"', (ROOT / "infer.py").read_text())
     of_training = [action.dest for action in build_parser()._actions]
     assert flag in {*of_infer, *of_training, *launchers}
