@@ -90,7 +90,7 @@ def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
     for name in ("images.txt", "caption.txt"):
         try:
             # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = (folder / name).read_text(encoding="utf-8", newline="\n").removesuffix("\n").split("\n")
+            lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
     if len(lines["images.txt"]) != len(lines["caption.txt"]):

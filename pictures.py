@@ -18,7 +18,7 @@ class UsageError(ValueError):
 
 
 def load_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
+    """Open a picture (a path or an open file) as people see it: upright, transparency on white, any mode as 8-bit RGB.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) picture;
@@ -68,12 +68,18 @@ def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None =
     band = 24 if labels else 0
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, paths in enumerate(rows):
-        top = row * (side + band)
-        if labels:
-            draw.text((4, top + 2), labels[row], fill="black", font=ImageFont.load_default(16))
-        for column, path in enumerate(paths):
-            sheet.paste(ImageOps.contain(load_image(path), (side, side)), (column * side, top + band))
+
+    def thumbnail(path: Path) -> Image.Image:
+        return ImageOps.contain(load_image(path), (side, side))
+
+    with ThreadPoolExecutor() as pool:
+        thumbnails = pool.map(thumbnail, [path for paths in rows for path in paths])
+        for row, paths in enumerate(rows):
+            top = row * (side + band)
+            if labels:
+                draw.text((4, top + 2), labels[row], fill="black", font=ImageFont.load_default(16))
+            for column in range(len(paths)):
+                sheet.paste(next(thumbnails), (column * side, top + band))
     return sheet
 
 
