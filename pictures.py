@@ -17,14 +17,21 @@ class UsageError(ValueError):
     """Something that the user gave is wrong; the message is one line that names it and the way out."""
 
 
-def load_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Open a picture (a path or an open file) as people see it: upright, transparency on white, any mode as 8-bit RGB.
+def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
+    """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
+
+    Args:
+        path: of the file, or the open file.
+        least_side: a JPEG may come out smaller than it is, which is several times faster, but not below this many
+            pixels.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) picture;
             these are what Pillow's decoders raise.
     """
     with Image.open(path) as opened:
+        if least_side is not None:
+            opened.draft("RGB", (least_side, least_side))
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I") or image.mode == "F":
             # 16-bit and float greys: Pillow would clip at 255 and leave a white picture.
@@ -70,7 +77,7 @@ def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None =
     draw = ImageDraw.Draw(sheet)
 
     def thumbnail(path: Path) -> Image.Image:
-        return ImageOps.contain(load_image(path), (side, side))
+        return ImageOps.contain(load_image(path, least_side=side), (side, side))
 
     with ThreadPoolExecutor() as pool:
         thumbnails = pool.map(thumbnail, [path for paths in rows for path in paths])
