@@ -65,7 +65,9 @@ class Downloader:
         self._current = threading.local()
         self._session = requests.Session()
         # Compressed bodies would be one more way to send a bomb, and pictures are compressed already.
-        self._session.headers.update({"User-Agent": user_agent, "Accept": "image/*", "Accept-Encoding": "identity"})
+        self._session.headers.update(
+            {"User-Agent": user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"}
+        )
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         adapter = HTTPAdapter(pool_connections=64, pool_maxsize=64)
         adapter.poolmanager.pool_classes_by_scheme = {
@@ -284,6 +286,6 @@ def _check_headers(response: requests.Response) -> None:
     directives = response.headers.get("X-Robots-Tag", "").lower().replace(",", " ").split()
     if any(directive in OPT_OUT_DIRECTIVES for directive in directives):
         raise Refused("its owner opts out (X-Robots-Tag)")
-    kind = response.headers.get("Content-Type", "").lower()
-    if kind.startswith(("text/html", "application/json", "video/", "audio/")):
+    # What claims to be a picture is seen when it is decoded, and so is a picture that claims to be a page.
+    if response.headers.get("Content-Type", "").lower().startswith(("video/", "audio/")):
         raise Refused("no picture")

@@ -728,14 +728,22 @@ def _report(folder: ClassFolder, outcome: Outcome, wanted: int) -> str | None:
         return outcome.trouble
     if have:
         left_out = f" ({summary(outcome.left_out)} left out)" if outcome.left_out and have >= wanted else ""
-        print(f"{have} images in {folder.path}{left_out}, all at a glance: {folder.write_contact_sheet()}")
+        print(f"{have} images in {folder.path}{left_out}{_glance(folder)}")
     if have >= wanted:
         return None
     print(table(outcome.left_out))
     found = f"{have} of the {wanted} images of {folder.class_prompt!r} found"
     if outcome.trouble:
         return f"{found}, then {outcome.trouble}; the same command goes on from there"
-    return f"{found}, and there are no more: ask another --source, or lower --min_size or --num_class_images"
+    return f"{found}, and there are no more: ask another --source, or lower --num_class_images or --min_size"
+
+
+def _glance(folder: ClassFolder) -> str:
+    try:
+        return f", all at a glance: {folder.write_contact_sheet()}"
+    except (OSError, ValueError, SyntaxError) as error:  # a file that somebody has put in the place of an image
+        warn(f"no contact sheet: {one_line(str(error))}")
+        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

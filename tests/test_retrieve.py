@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def bomb():
 class Web:
     """A real HTTP server; ``pages`` says what is behind a path: bytes, or a function of the handler."""
 
-    def __init__(self, host="127.0.0.1"):
+    def __init__(self, host="127.0.0.1", certificate=None):
         self.pages = {}
         self.requests = []
         web = self
@@ -103,7 +105,11 @@ class Web:
 
         self.server = ThreadingHTTPServer((host, 0), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://{host}:{self.server.server_port}"
+        self.url = f"http{'s' * bool(certificate)}://{host}:{self.server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
 
     def paths(self):
@@ -631,6 +637,35 @@ def test_owners_who_opt_out_are_heeded(web):
         Downloader("test", private_hosts=["127.0.0.1"]).fetch(f"{web.url}/cat.jpg")
 
 
+def test_encrypted_connections_are_guarded_and_timed_as_well(tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("a certificate is made with openssl")
+    certificate = tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", certificate, "-out", tmp_path / "public"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    public = (tmp_path / "public").read_bytes()
+    certificate.write_bytes(certificate.read_bytes() + public)
+    web = Web(certificate=certificate)
+    web.pages |= {"/cat.jpg": web_page(0), "/slow.jpg": slow_body, "/headers.jpg": slow_headers}
+    downloader = Downloader("test", seconds=1, private_hosts=["127.0.0.1"])
+    with pytest.raises(Refused, match="no answer"):  # an unknown certificate
+        downloader.fetch(f"{web.url}/cat.jpg")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "public"))
+    assert downloader.fetch(f"{web.url}/cat.jpg") == web_page(0)
+    assert downloader.fetch(f"{web.url.replace('127.0.0.1', 'localhost')}/cat.jpg") == web_page(0)
+    for page in ("slow", "headers"):
+        start = time.monotonic()
+        with pytest.raises(Refused, match="too slow"):
+            downloader.fetch(f"{web.url}/{page}.jpg")
+        assert time.monotonic() - start < 3
+    with pytest.raises(Refused, match="inside a private network"):
+        Downloader("test").fetch(f"{web.url}/cat.jpg")
+    web.server.shutdown()
+
+
 def test_connections_to_one_host_are_bounded(web):
     at_once, most, lock = 0, 0, threading.Lock()
 
@@ -989,16 +1024,18 @@ def test_a_caption_is_one_line():
         (["--concepts_list", "twice.json"], "would get two classes, 'cat' and 'dog'"),
     ],
 )
-def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
+def test_wrong_input_is_one_clear_line(tmp_path, arguments, message, monkeypatch, capsys):
     (tmp_path / "broken.json").write_text("[{")
     (tmp_path / "empty.json").write_text("[]")
     twice = [{"class_prompt": prompt, "class_data_dir": "x"} for prompt in ("cat", "dog")]
     (tmp_path / "twice.json").write_text(json.dumps(twice))
     before = sorted(tmp_path.iterdir())
-    result = run(tmp_path, *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr.splitlines()[-1], result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises((retrieve.UsageError, SystemExit)) as caught:
+        retrieve.main(arguments)
+    told = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
+    assert message in told.splitlines()[-1]
     assert sorted(tmp_path.iterdir()) == before
 
 
