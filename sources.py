@@ -513,7 +513,7 @@ def has_words(caption: str, words: Iterable[str]) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    return [_singular(word) for word in re.findall(r"[^\W_]+", text.lower())]
+    return [_singular(word) for word in re.findall(r"[^\W\d_]+|\d+", text.lower())]
 
 
 def _singular(word: str) -> str:

@@ -354,6 +354,74 @@ def test_killed_ten_times_gives_what_an_uninterrupted_run_gives(web, tmp_path):
     assert tree(folder) == tree(tmp_path / "whole/real_reg/samples_cat")
 
 
+KILLED_AT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import retrieve
+
+left = {steps}
+
+def step():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(event, details):
+    changes = event in ("os.rename", "os.remove") or event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)
+    if changes and "cats" in str(details[0]):
+        step()
+
+def before_line(record, as_line=retrieve._as_line):
+    step()
+    return as_line(record)
+
+# Whatever is opened for writing, renamed or removed in the folder is a step, and so is each line of sources.jsonl.
+sys.addaudithook(watch)
+retrieve._as_line = before_line
+retrieve.main({arguments!r})
+"""
+
+
+def test_killed_at_every_step_it_goes_on(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for row in range(2):
+        (tmp_path / f"mine/{row}.jpg").write_bytes(web_page(row))
+        (tmp_path / f"mine/{row}.txt").write_text(f"cat number {row}")
+    arguments = ["--class_prompt", "cat", "--path", "mine", "--num_class_images", "2", "--class_data_dir"]
+    assert run(tmp_path, *arguments, "whole").returncode == 0
+    whole = tree(tmp_path / "whole")
+    for steps in range(100):
+        shutil.rmtree(tmp_path / "cats", ignore_errors=True)
+        driver = KILLED_AT.format(root=str(SCRIPT.parent), steps=steps, arguments=[*arguments, "cats"])
+        killed = subprocess.run([sys.executable, "-c", driver], cwd=tmp_path, capture_output=True)
+        present = sorted((tmp_path / "cats/images").glob("*.jpg"))
+        assert [path.read_bytes() for path in present] == [web_page(0), web_page(1)][: len(present)]
+        done = run(tmp_path, *arguments, "cats")
+        assert done.returncode == 0, done.stderr
+        found = {name: content.replace(b"cats/", b"whole/") for name, content in tree(tmp_path / "cats").items()}
+        assert found == whole, f"killed before step {steps}"
+        if killed.returncode == 0:
+            break
+    assert 8 < steps < 99
+
+
+@pytest.mark.parametrize("rest", [0, 1, 40, -1])
+def test_a_line_that_was_cut_short_is_written_again(tmp_path, rest):
+    (tmp_path / "mine").mkdir()
+    for row in range(3):
+        (tmp_path / f"mine/cat{row}.jpg").write_bytes(web_page(row))
+    arguments = ["--class_prompt", "cat", "--path", "mine", "--num_class_images", "3", "--class_data_dir", "cats"]
+    assert run(tmp_path, *arguments).returncode == 0
+    whole = tree(tmp_path / "cats")
+    before, last, _ = whole["sources.jsonl"].rsplit(b"\n", 2)
+    # What a run leaves that is killed while it writes the last line.
+    (tmp_path / "cats/sources.jsonl").write_bytes(before + b"\n" + last[: rest if rest >= 0 else len(last)])
+    (tmp_path / "cats/images/2.jpg").rename(tmp_path / "cats/images/.2.jpg.part")
+    assert run(tmp_path, *arguments).returncode == 0
+    assert tree(tmp_path / "cats") == whole
+
+
 def test_interrupted_politely_it_leaves_lists_and_goes_on(web, tmp_path):
     serve_good(web, 40, seconds=0.1)
     arguments = ["--class_prompt", "cat", "--url", web.url, "--num_class_images", 40, "--connections", 2]
@@ -428,6 +496,7 @@ def test_what_the_example_has_retrieved_is_taken_over(web, tmp_path):
     (folder / "images").mkdir(parents=True)
     for row in range(3):
         (folder / f"images/{row}.jpg").write_bytes(web_page(row) if row != 1 else b"<html>not found</html>")
+    (folder / "images/3.jpg").write_bytes(b"on no list")
     (folder / "caption.txt").write_text("old 0\nold 1\nold 2\n")
     (folder / "urls.txt").write_text("".join(f"{web.url}/good/{row}.jpg\n" for row in range(3)))
     (folder / "images.txt").write_text("".join(f"elsewhere/cats/images/{row}.jpg\n" for row in range(3)))
@@ -435,6 +504,7 @@ def test_what_the_example_has_retrieved_is_taken_over(web, tmp_path):
     captions, _, images = lists(folder)
     assert captions == ["old 0", "old 2", "cat number 1", "cat number 3", "cat number 4"]
     assert (folder / "images/1.jpg").read_bytes() == b"<html>not found</html>"
+    assert (folder / "images/3.jpg").read_bytes() == b"on no list"
     assert all(load_image(tmp_path / image) for image in images)
 
 
@@ -961,7 +1031,8 @@ def test_names_in_a_tar_are_no_paths(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     (tmp_path / "work").mkdir()
-    run(tmp_path / "work", "--class_prompt", "cat", "--path", "../evil.tar", "--class_data_dir", "out")
+    result = run(tmp_path / "work", "--class_prompt", "cat", "--path", "../evil.tar", "--class_data_dir", "out")
+    assert result.stderr.splitlines()[-1].startswith("error: 1 of the 200 images of 'cat' found, and there are no more")
     assert [path.name for path in tmp_path.rglob("*.jpg") if path.name != "contact_sheet.jpg"] == ["0.jpg"]
 
 
@@ -985,6 +1056,7 @@ def test_a_dataset_is_streamed(tmp_path):
 
 def test_words_are_whole_words():
     assert has_words("Three Cats!", query_words("a cat")) and has_words("wooden pots", query_words("wooden pot"))
+    assert has_words("pets/cat007.jpg", query_words("cat"))
     assert not has_words("category", query_words("cat")) and not has_words("a wooden spoon", query_words("wooden pot"))
     assert has_words("一只猫在睡觉", query_words("猫"))
     assert LocalFiles(".").left_out == {}
