@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# clip-retrieval cannot share an environment with today's diffusers.
+CLIP_RETRIEVAL_VENV ?= .venv-clip-retrieval
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test test-retrieval lint demo clean
 
 setup: $(VENV)/.ready
 
@@ -23,9 +25,20 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
+# Needs Python 3.11 or 3.12, the last versions for which what clip-retrieval pins can be installed.
+$(CLIP_RETRIEVAL_VENV)/.ready: requirements-clip-retrieval.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "error: clip-retrieval needs Python 3.11 or 3.12; make test-retrieval PYTHON=python3.11")'
+	$(PYTHON) -m venv $(CLIP_RETRIEVAL_VENV)
+	$(CLIP_RETRIEVAL_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(CLIP_RETRIEVAL_VENV)/bin/python -m pip install --quiet -r requirements-clip-retrieval.txt
+	@touch $@
+
+test-retrieval: setup $(CLIP_RETRIEVAL_VENV)/.ready
+	CLIP_RETRIEVAL_VENV=$(CLIP_RETRIEVAL_VENV) $(BIN)/python -m pytest -m retrieval $(ARGS)
+
 demo: setup
 	@echo "make demo will teach a concept to a small model that ships with the project; that model is not here yet."
 	@echo "With Stable Diffusion itself, the commands are in README.md."
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIP_RETRIEVAL_VENV) .pytest_cache .ruff_cache

@@ -15,16 +15,17 @@ from __future__ import annotations
 import copy
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from torch import Tensor, nn
+
+from pictures import write_whole
 
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 CARD_NAME = "README.md"
@@ -38,7 +39,6 @@ _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\."
     r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
 )
-_HALF_WRITTEN = (".half-written-", ".tmp")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -98,36 +98,6 @@ def is_hub_id(name: str) -> bool:
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that it exists whole or not at all: a temporary name, flushed to disk, then renamed.
-
-    Args:
-        path: the file to write; what was there stays until the new content is complete.
-        write: called with the open binary file.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # mkstemp makes private files; a result follows the user's umask like any other.
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def remove_half_written(folder: Path) -> None:
-    """Remove what :func:`write_whole` has left in a folder where the process was killed."""
-    for path in folder.glob(f"{_HALF_WRITTEN[0]}*{_HALF_WRITTEN[1]}"):
-        path.unlink(missing_ok=True)
 
 
 def save_concept(

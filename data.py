@@ -3,89 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
+from pictures import UsageError, load_image, readable_images
+
 logger = logging.getLogger("custom_diffusion")
 
 
-class UsageError(ValueError):
-    """Something that the user gave is wrong; the message is one line that names it and the way out."""
-
-
 # --- pictures ------------------------------------------------------------------------------------
-
-
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) picture;
-            these are what Pillow's decoders raise.
-    """
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I") or image.mode == "F":
-            # 16-bit and float greys: Pillow would clip at 255 and leave a white picture.
-            grey = np.asarray(image, dtype=np.float32)
-            full_scale = 65535 if grey.max() > 255 else 255
-            image = Image.fromarray((grey * (255 / full_scale)).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Split files into those that are pictures and those that are not (or are broken).
-
-    Every file is decoded whole: a truncated photograph shows itself only then, and would stop the run much later.
-    """
-
-    def is_readable(path: Path) -> bool:
-        try:
-            load_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return False
-        return True
-
-    with ThreadPoolExecutor() as pool:
-        verdicts = list(pool.map(is_readable, paths))
-    good = [path for path, verdict in zip(paths, verdicts, strict=True) if verdict]
-    bad = [path for path, verdict in zip(paths, verdicts, strict=True) if not verdict]
-    return good, bad
-
-
-def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None = None, side: int = 256) -> Image.Image:
-    """All pictures small on one.
-
-    Args:
-        rows: the pictures' paths; rows may differ in length.
-        labels: a text above each row.
-        side: the longest side of a picture in pixels.
-    """
-    band = 24 if labels else 0
-    sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, paths in enumerate(rows):
-        top = row * (side + band)
-        if labels:
-            draw.text((4, top + 2), labels[row], fill="black", font=ImageFont.load_default(16))
-        for column, path in enumerate(paths):
-            sheet.paste(ImageOps.contain(load_image(path), (side, side)), (column * side, top + band))
-    return sheet
 
 
 def find_instance_images(concepts: Sequence[dict[str, str]]) -> list[tuple[Path, str]]:

@@ -24,8 +24,8 @@ from diffusers import (
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept, write_whole
-from data import contact_sheet
+from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept
+from pictures import contact_sheet, write_whole
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,

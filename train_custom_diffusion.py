@@ -70,20 +70,17 @@ from concept import (
     is_hub_id,
     load_concept,
     model_card,
-    remove_half_written,
     save_concept,
-    write_whole,
 )
 from data import (
     CustomDiffusionDataset,
     PromptDataset,
-    UsageError,
     collate_fn,
     find_class_images,
     find_instance_images,
     position_batches,
-    readable_images,
 )
+from pictures import UsageError, readable_images, remove_half_written, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 

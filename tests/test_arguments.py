@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_custom_diffusion
 from concept import ConceptError
-from data import UsageError
+from pictures import UsageError
 from tests.conftest import ROOT, draw_pictures, flags, run_script
 from train_custom_diffusion import build_parser
 

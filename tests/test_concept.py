@@ -25,7 +25,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
-from concept import Concept, ConceptError, apply_concepts, load_concept, save_concept, write_whole
+from concept import Concept, ConceptError, apply_concepts, load_concept, save_concept
+from pictures import write_whole
 from tests.conftest import flags
 
 WEIGHTS = "pytorch_custom_diffusion_weights"

@@ -22,7 +22,7 @@ import torch
 
 import train_custom_diffusion
 from concept import load_concept
-from data import UsageError
+from pictures import UsageError
 from tests.conftest import ROOT, draw_pictures, flags, run_script
 
 # A server that has imported everything forks each run: a start takes a moment, not seconds.

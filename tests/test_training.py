@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from concept import apply_concepts, load_concept
-from data import UsageError
+from pictures import UsageError
 from tests.conftest import ROOT, draw_pictures, flags, launch, run_script
 
 Train = Callable[[list[str]], None]

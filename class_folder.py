@@ -1,0 +1,324 @@
+"""The images of one class: checking a picture before it counts, and keeping it on disk so that nothing gets lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from download import Refused
+from pictures import UsageError, contact_sheet, load_image, write_whole
+from sources import Candidate, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder are not kept apart
+    fcntl = None
+
+# What the web serves as pictures. Pillow reads much more, some of it by running other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+# --- checking a picture --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was decoded whole: its JPEG, and a fingerprint that near-duplicates share (almost)."""
+
+    jpeg: bytes
+    fingerprint: int
+
+
+# Fingerprints have 256 bits. Saving again, resizing and slight crops change some 20 of them, and two photographs of
+# one thing differ in 85 or more.
+NEAR_DUPLICATE_BITS = 32
+# Each decoded picture takes memory: as many at a time as there are cores is as fast as all at once.
+_decoding = threading.Semaphore(os.cpu_count() or 1)
+
+
+def check_picture(data: bytes, min_size: int, max_size: int, max_pixels: float) -> Picture:
+    """Decode a picture whole, and make a JPEG of at most ``max_size`` pixels on the shorter side of it.
+
+    A JPEG that is small enough stays as it is, byte for byte.
+
+    Args:
+        data: the encoded picture.
+        min_size: pixels that the shorter side must have.
+        max_size: pixels that the shorter side is reduced to; 0 for no reduction.
+        max_pixels: pixels that the picture may have in all.
+
+    Raises:
+        Refused: with the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as opened:
+            width, height = opened.size
+            is_jpeg = opened.format in ("JPEG", "MPO")
+        if width * height > max_pixels:
+            raise Refused("too many pixels")
+        if min(width, height) < min_size:
+            raise Refused("too small")
+        with _decoding:
+            image = load_image(io.BytesIO(data))
+            reduction = max_size / min(width, height) if max_size else 1.0
+            if reduction < 1:
+                image = image.resize([max(1, round(side * reduction)) for side in image.size], Image.Resampling.LANCZOS)
+            return Picture(data if is_jpeg and reduction >= 1 else _as_jpeg(image), fingerprint(image))
+    except Refused:
+        raise
+    except UnidentifiedImageError as error:
+        raise Refused("no picture") from error
+    except Image.DecompressionBombError as error:
+        raise Refused("too many pixels") from error
+    except Exception as error:  # broken files make Pillow's decoders raise nearly anything
+        raise Refused("broken picture") from error
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _as_jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def fingerprint(image: Image.Image) -> int:
+    """Difference hash of 256 bits: where brightness rises from left to right in a 17 x 16 version of the picture."""
+    small = image.resize((8 * 17, 8 * 16), Image.Resampling.BOX, reducing_gap=2.0)
+    # As floats: rounded to whole greys, even areas would give bits at random.
+    pixels = np.asarray(small.convert("F").resize((17, 16), Image.Resampling.BOX))
+    return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
+
+
+# --- the folder of a class -----------------------------------------------------------------------
+
+
+class ClassFolder:
+    """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
+
+    ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
+    that goes on starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
+    under a hidden name first, then its line, and then it gets its name: whenever a run is killed, the next one knows
+    what to finish.
+
+    Args:
+        path: the folder; made if it is not there.
+        class_prompt: what the images show.
+
+    Raises:
+        UsageError: where the folder cannot be used, holds another class, or what no list names.
+    """
+
+    LISTS = ("caption.txt", "urls.txt", "images.txt")
+
+    def __init__(self, path: Path, class_prompt: str) -> None:
+        self.path = path
+        self.class_prompt = class_prompt
+        self.images_path = path / "images"
+        self._made = [folder for folder in (self.images_path, path, *path.parents) if not folder.exists()]
+        try:
+            self.images_path.mkdir(parents=True, exist_ok=True)
+            self._journal = (path / "sources.jsonl").open("a+b", buffering=0)
+        except OSError as error:
+            raise UsageError(f"{str(path)!r} cannot be written to: {error.strerror} (class_data_dir)") from error
+        try:
+            self._lock()
+            self.records = self._read()
+            self._finish_interrupted()
+            if not self.records:
+                self._adopt()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The records whose images are there: what a user has deleted stays known, so that it does not come back."""
+        return [record for record in self.records if self._image(record).is_file()]
+
+    def image_paths(self) -> list[Path]:
+        """The images, in the order of the lists."""
+        return [self._image(record) for record in self.kept()]
+
+    def _image(self, record: dict[str, Any]) -> Path:
+        return self.images_path / record["file"]
+
+    def has_near_duplicate(self, picture: Picture) -> bool:
+        """Whether an image like this one was taken before."""
+        return any(
+            (picture.fingerprint ^ int(record["fingerprint"], 16)).bit_count() <= NEAR_DUPLICATE_BITS
+            for record in self.records
+        )
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def add(self, picture: Picture, candidate: Candidate) -> None:
+        """Take an image in."""
+        record = {
+            "file": f"{self._free_number()}.jpg",
+            "caption": one_line(candidate.caption) or self.class_prompt,
+            "url": one_line(candidate.origin),
+            "class_prompt": self.class_prompt,
+            "fingerprint": f"{picture.fingerprint:064x}",
+        }
+        hidden = self._hidden(record)
+        with hidden.open("wb") as file:
+            file.write(picture.jpeg)
+            file.flush()
+            os.fsync(file.fileno())
+        self._journal.write(_as_line(record | candidate.credit))
+        self.records.append(record)
+        hidden.rename(self._image(record))
+
+    def _hidden(self, record: dict[str, Any]) -> Path:
+        return self.images_path / f".{record['file']}.part"
+
+    def _free_number(self) -> int:
+        number = 1 + max((int(record["file"].partition(".")[0]) for record in self.records), default=-1)
+        while (self.images_path / f"{number}.jpg").exists():
+            number += 1
+        return number
+
+    def write_lists(self) -> bool:
+        """Bring the lists up to date; gives whether there was anything to do."""
+        records = self.kept()
+        lines = {
+            "caption.txt": [record["caption"] for record in records],
+            "urls.txt": [record["url"] for record in records],
+            "images.txt": [self._image(record).as_posix() for record in records],
+        }
+        changed = False
+        for name in self.LISTS:
+            content = "".join(f"{line}\n" for line in lines[name]).encode()
+            path = self.path / name
+            if not path.is_file() or path.read_bytes() != content:
+                write_whole(path, lambda file, content=content: file.write(content))
+                changed = True
+        return changed
+
+    def write_contact_sheet(self, columns: int = 10, most: int = 400) -> Path:
+        """All images (or the first ones of very many) small on one."""
+        paths = self.image_paths()[:most]
+        rows = [paths[start : start + columns] for start in range(0, len(paths), columns)]
+        # Encoded first: written by Pillow itself, a full disk would go unnoticed.
+        content = _as_jpeg(contact_sheet(rows, side=128))
+        write_whole(self.path / "contact_sheet.jpg", lambda file: file.write(content))
+        return self.path / "contact_sheet.jpg"
+
+    def close(self) -> None:
+        """Let others use the folder; one that this run has made and left empty goes."""
+        is_empty = self._journal.seek(0, os.SEEK_END) == 0
+        if is_empty:
+            (self.path / "sources.jsonl").unlink(missing_ok=True)
+        self._journal.close()
+        for folder in self._made if is_empty else ():
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is filling {str(self.path)!r}: wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self) -> list[dict[str, Any]]:
+        self._journal.seek(0)
+        content = self._journal.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if _is_json(content[len(whole) :]):
+            # A text editor's last line.
+            self._journal.write(b"\n")
+            whole = content + b"\n"
+        elif len(whole) < len(content):
+            # What a killed run has not finished writing; its image still has its hidden name.
+            self._journal.truncate(len(whole))
+        records = []
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                is_whole = all(isinstance(record[name], str) for name in ("file", "caption", "url", "class_prompt"))
+                int(record["fingerprint"], 16)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_whole = False
+            if not is_whole or not re.fullmatch(r"\d{1,9}\.\w{1,5}", record["file"]):
+                raise UsageError(
+                    f"{str(self.path / 'sources.jsonl')!r}, line {number} is broken: remove that line, or use another "
+                    "--class_data_dir"
+                )
+            if record["class_prompt"] != self.class_prompt:
+                raise UsageError(
+                    f"{str(self.path)!r} holds images of {record['class_prompt']!r}: give another --class_data_dir for "
+                    f"{self.class_prompt!r}"
+                )
+            records.append(record)
+        return records
+
+    def _finish_interrupted(self) -> None:
+        for record in self.records:
+            if self._hidden(record).is_file() and not self._image(record).exists():
+                self._hidden(record).rename(self._image(record))
+        for leftover in (*self.images_path.glob(".*.part"), *self.path.glob(".*.tmp")):
+            leftover.unlink()
+
+    def _adopt(self) -> None:
+        """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""
+        present = [self.path / name for name in self.LISTS if (self.path / name).is_file()]
+        pictures = [path for path in self.images_path.iterdir() if not path.name.startswith(".")]
+        if not present and not pictures:
+            return
+        lines = [path.read_text("utf-8", "replace").removesuffix("\n").split("\n") for path in present]
+        if len(present) < len(self.LISTS) or len({len(entries) for entries in lines}) > 1:
+            raise UsageError(
+                f"{str(self.path)!r} holds images whose lists ({', '.join(self.LISTS)}) are missing or do not belong "
+                "together: give another --class_data_dir, or empty this one"
+            )
+        for caption, url, image in zip(*lines, strict=True):
+            path = self.images_path / Path(image.strip()).name
+            if not re.fullmatch(r"\d{1,9}\.\w{1,5}", path.name) or not path.is_file():
+                continue
+            try:
+                mark = fingerprint(load_image(path))
+            except Exception:  # the example keeps whatever a server has sent
+                continue
+            self.records.append(
+                {
+                    "file": path.name,
+                    "caption": one_line(caption) or self.class_prompt,
+                    "url": one_line(url),
+                    "class_prompt": self.class_prompt,
+                    "fingerprint": f"{mark:064x}",
+                }
+            )
+        self._journal.write(b"".join(map(_as_line, self.records)))
+
+
+def _as_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=True).encode() + b"\n"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        return bool(json.loads(text))
+    except ValueError:
+        return False
