@@ -62,6 +62,18 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from checkpoints import (
+    Interrupted,
+    StopSignal,
+    cannot_write,
+    checkpoint_step,
+    claim_output_dir,
+    find_checkpoint,
+    last_checkpoint,
+    list_checkpoints,
+    remove_leftovers,
+    write_settings,
+)
 from concept import (
     CARD_NAME,
     Concept,
@@ -84,7 +96,6 @@ from pictures import UsageError, readable_images, remove_half_written, write_who
 
 logger = logging.getLogger("custom_diffusion")
 
-SETTINGS_NAME = "training_settings.json"
 # Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
@@ -94,19 +105,6 @@ FREE_ON_RESUME = {
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir",
 }  # fmt: skip
 MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its checkpoint is written.
-
-    Args:
-        signal_number: the signal.
-        message: one line that says how to go on.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -810,67 +808,6 @@ def generate_class_images(
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Clean up what a run that was killed has left half-written; a complete checkpoint that was moved aside returns."""
-    for aside in output_dir.glob(".checkpoint-*.old"):
-        checkpoint = output_dir / aside.name.removeprefix(".").removesuffix(".old")
-        if checkpoint.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(checkpoint)
-    for half in output_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(half)
-    remove_half_written(output_dir)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step that a checkpoint was written after."""
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, or None to start afresh.
-
-    Raises:
-        UsageError: for a named checkpoint that is not there.
-    """
-    if args.resume_from_checkpoint is None:
-        return None
-    present = list_checkpoints(Path(args.output_dir))
-    if args.resume_from_checkpoint == "latest":
-        if not present:
-            logger.info(
-                f"--resume_from_checkpoint latest: no checkpoint is in {args.output_dir!r}, so training starts afresh"
-            )
-        return present[-1] if present else None
-    wanted = Path(args.resume_from_checkpoint).name
-    for path in present:
-        if path.name == wanted:
-            return path
-    names = ", ".join(path.name for path in present) or "none"
-    raise UsageError(f"there is no checkpoint {wanted!r} in {args.output_dir!r} (there: {names})")
-
-
-def last_checkpoint(output_dir: Path) -> str:
-    """Words about what can be gone on from."""
-    present = list_checkpoints(output_dir)
-    return f"the last good checkpoint is {str(present[-1])!r}" if present else "there is no checkpoint yet"
-
-
-def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
-    """The error of a full disk or a folder that cannot be written to."""
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-    return UsageError(
-        f"{str(path)!r} cannot be written: {reason}; earlier files are intact, {last_checkpoint(output_dir)}"
-    )
-
-
 def save_checkpoint(run: Run, step: int) -> None:
     """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
 
@@ -1026,7 +963,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     tokens, initializers = parse_modifier_tokens(args, concepts)
     instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     noise_scheduler, latent_channels, latent_size = check_base_model(args)
     tokenizer = load_tokenizer(args)
     modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
@@ -1078,7 +1015,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     make_output_dir(args)
     settings = describe_settings(args, inputs, accelerator.num_processes)
     if accelerator.is_main_process:
-        claim_output_dir(args, settings, inputs.checkpoint)
+        claim_output_dir(Path(args.output_dir), settings, inputs.checkpoint, args.overwrite)
     # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
     set_seed(args.seed, device_specific=True)
     if args.allow_tf32:
@@ -1129,58 +1066,6 @@ def describe_settings(args: argparse.Namespace, inputs: Inputs, num_processes: i
     if args.with_prior_preservation:
         settings["class_prompts"] = [concept["class_prompt"] for concept in inputs.concepts]
     return settings
-
-
-def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
-    """Compare with the settings that another run has left in a file, if it has.
-
-    Raises:
-        UsageError: where they differ, with every difference.
-    """
-    if not path.is_file():
-        return
-    try:
-        others = json.loads(path.read_text())
-        names = sorted(settings.keys() | others.keys())
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{str(path)!r} is damaged: {advice}") from error
-    different = [
-        f"{name} {_short(others.get(name))} -> {_short(settings.get(name))}"
-        for name in names
-        if others.get(name) != settings.get(name)
-    ]
-    if different:
-        raise UsageError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def claim_output_dir(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Path | None) -> None:
-    """Make sure that the output folder holds this run or none, and leave the settings in it.
-
-    Raises:
-        UsageError: where another run is there, or was checkpointed; nothing of it is touched then.
-    """
-    folder = Path(args.output_dir)
-    if checkpoint is not None:
-        advice = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
-        check_settings(settings, checkpoint / "training_state" / SETTINGS_NAME, advice)
-    elif args.overwrite:
-        for path in list_checkpoints(folder):
-            shutil.rmtree(path)
-    else:
-        advice = "give another --output_dir, or --overwrite"
-        check_settings(settings, folder / SETTINGS_NAME, advice)
-    write_settings(settings, folder)
-
-
-def write_settings(settings: dict[str, Any], folder: Path) -> None:
-    """Leave the settings where a later run looks for them."""
-    content = json.dumps(settings, indent=2).encode()
-    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
 
 
 def make_output_dir(args: argparse.Namespace) -> None:
@@ -1253,38 +1138,6 @@ def training_batches(run: Run, first_step: int) -> Iterator[dict[str, Tensor]]:
     )
     for batch in loader:
         yield {name: value.to(accelerator.device, non_blocking=on_gpu) for name, value in batch.items()}
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, so that a run ends after its step with a checkpoint; a second one ends it at once."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.number: int | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number: int, _: Any) -> None:
-        self.number = number
-        self.restore()
-
-    def __enter__(self) -> StopSignal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Let signals do again what they did before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def came(self) -> bool:
-        """Whether any process was told to stop; all processes have to ask, after the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.number is not None
-        mine = torch.tensor([self.number or 0], device=self.accelerator.device)
-        self.number = int(self.accelerator.gather(mine).max()) or None
-        return self.number is not None
 
 
 def check_loss(run: Run, loss: float, step: int, skipped_steps: int) -> None:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoints
 import train_custom_diffusion
 from concept import load_concept
 from pictures import UsageError
@@ -314,7 +315,7 @@ def test_a_signal_stops_both_after_the_same_step(
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert "stopped by SIGTERM after step" in output
-    newest = max(out.glob("checkpoint-*"), key=train_custom_diffusion.checkpoint_step)
+    newest = max(out.glob("checkpoint-*"), key=checkpoints.checkpoint_step)
     states = {path.name for path in (newest / "training_state").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin"} <= states
     check_checkpoints(out)
@@ -337,6 +338,6 @@ def test_two_processes_survive_a_kill(two_processes: Callable[..., subprocess.Po
 
 def test_the_message_of_a_full_disk_names_the_reason(tmp_path: Path) -> None:
     error = OSError(errno.ENOSPC, "No space left on device")
-    message = str(train_custom_diffusion.cannot_write(tmp_path / "checkpoint-3", error, tmp_path))
+    message = str(checkpoints.cannot_write(tmp_path / "checkpoint-3", error, tmp_path))
     assert "No space left on device" in message
     assert "there is no checkpoint yet" in message

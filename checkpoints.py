@@ -1,0 +1,189 @@
+"""What keeps a run safe: its checkpoints, the settings that a folder belongs to, and signals that end it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pictures import UsageError, remove_half_written, write_whole
+
+logger = logging.getLogger("custom_diffusion")
+
+SETTINGS_NAME = "training_settings.json"
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Clean up what a run that was killed has left half-written; a complete checkpoint that was moved aside returns."""
+    for aside in output_dir.glob(".checkpoint-*.old"):
+        checkpoint = output_dir / aside.name.removeprefix(".").removesuffix(".old")
+        if checkpoint.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(checkpoint)
+    for half in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(half)
+    remove_half_written(output_dir)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step that a checkpoint was written after."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    Args:
+        output_dir: the run's folder.
+        name: a checkpoint in it, or ``latest``, or None.
+
+    Raises:
+        UsageError: for a named checkpoint that is not there.
+    """
+    if name is None:
+        return None
+    present = list_checkpoints(output_dir)
+    if name == "latest":
+        if not present:
+            logger.info(
+                f"--resume_from_checkpoint latest: no checkpoint is in {str(output_dir)!r}, so training starts afresh"
+            )
+        return present[-1] if present else None
+    wanted = Path(name).name
+    for path in present:
+        if path.name == wanted:
+            return path
+    there = ", ".join(path.name for path in present) or "none"
+    raise UsageError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
+
+
+def last_checkpoint(output_dir: Path) -> str:
+    """Words about what can be gone on from."""
+    present = list_checkpoints(output_dir)
+    return f"the last good checkpoint is {str(present[-1])!r}" if present else "there is no checkpoint yet"
+
+
+def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
+    """The error of a full disk or a folder that cannot be written to."""
+    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    return UsageError(
+        f"{str(path)!r} cannot be written: {reason}; earlier files are intact, {last_checkpoint(output_dir)}"
+    )
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
+    """Compare with the settings that another run has left in a file, if it has.
+
+    Raises:
+        UsageError: where they differ, with every difference.
+    """
+    if not path.is_file():
+        return
+    try:
+        others = json.loads(path.read_text())
+        names = sorted(settings.keys() | others.keys())
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{str(path)!r} is damaged: {advice}") from error
+    different = [
+        f"{name} {_short(others.get(name))} -> {_short(settings.get(name))}"
+        for name in names
+        if others.get(name) != settings.get(name)
+    ]
+    if different:
+        raise UsageError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:
+    """Make sure that the output folder holds this run or none, and leave the settings in it.
+
+    Raises:
+        UsageError: where another run is there, or was checkpointed; nothing of it is touched then.
+    """
+    if checkpoint is not None:
+        advice = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
+        check_settings(settings, checkpoint / "training_state" / SETTINGS_NAME, advice)
+    elif overwrite:
+        for path in list_checkpoints(folder):
+            shutil.rmtree(path)
+    else:
+        advice = "give another --output_dir, or --overwrite"
+        check_settings(settings, folder / SETTINGS_NAME, advice)
+    write_settings(settings, folder)
+
+
+def write_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Leave the settings where a later run looks for them."""
+    content = json.dumps(settings, indent=2).encode()
+    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its checkpoint is written.
+
+    Args:
+        signal_number: the signal.
+        message: one line that says how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that a run ends after its step with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.number: int | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        self.restore()
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def came(self) -> bool:
+        """Whether any process was told to stop; all processes have to ask, after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.number is not None
+        mine = torch.tensor([self.number or 0], device=self.accelerator.device)
+        self.number = int(self.accelerator.gather(mine).max()) or None
+        return self.number is not None
