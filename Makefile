@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # clip-retrieval cannot share an environment with today's diffusers.
 CLIP_RETRIEVAL_VENV ?= .venv-clip-retrieval
 
-.PHONY: setup test test-retrieval lint demo clean
+.PHONY: setup test test-retrieval audit lint demo clean
 
 setup: $(VENV)/.ready
 
@@ -36,9 +36,15 @@ $(CLIP_RETRIEVAL_VENV)/.ready: requirements-clip-retrieval.txt
 test-retrieval: setup $(CLIP_RETRIEVAL_VENV)/.ready
 	CLIP_RETRIEVAL_VENV=$(CLIP_RETRIEVAL_VENV) $(BIN)/python -m pytest -m retrieval $(ARGS)
 
+# Known vulnerabilities of what is installed. A registry that knows of none says so, and that is no failure.
+audit: setup
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
+	.venv-audit/bin/pip-audit --progress-spinner off --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 demo: setup
 	@echo "make demo will teach a concept to a small model that ships with the project; that model is not here yet."
 	@echo "With Stable Diffusion itself, the commands are in README.md."
 
 clean:
-	rm -rf $(VENV) $(CLIP_RETRIEVAL_VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIP_RETRIEVAL_VENV) .venv-audit .pytest_cache .ruff_cache
