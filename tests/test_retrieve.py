@@ -548,6 +548,28 @@ def test_two_runs_do_not_share_a_folder(web, tmp_path):
     result = run(tmp_path, *arguments)
     assert result.returncode == 1 and "another run is filling 'cats'" in result.stderr
     assert process.wait(timeout=20) == 0
+    assert len(lines(tmp_path / "cats/sources.jsonl")) == 3
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "mine").mkdir()
+    for row in range(3):
+        # The last one is the largest.
+        (tmp_path / f"mine/cat{row}.jpg").write_bytes(encoded(picture(row), quality=30 + 30 * row))
+    limit = (tmp_path / "mine/cat2.jpg").stat().st_size - 1
+    arguments = ["--class_prompt", "cat", "--path", "mine", "--num_class_images", "3", "--class_data_dir", "cats"]
+    # A limit on the size of files stands for a full disk.
+    result = subprocess.run(
+        command(*arguments), cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: 'cats' cannot be written to: ")
+    assert len(lists(tmp_path / "cats")[0]) == 2
+    assert run(tmp_path, *arguments).returncode == 0
+    check = [load_image(tmp_path / image).size for image in lists(tmp_path / "cats")[2]]
+    assert check == [(320, 300)] * 3
 
 
 def test_several_classes_from_a_concepts_file(web, tmp_path):
