@@ -402,8 +402,8 @@ def summary(left_out: Counter[str], most: int | None = None) -> str:
 
 def table(left_out: Counter[str]) -> str:
     """The reasons as a small table, commonest first."""
-    rows = [(str(number), reason) for reason, number in left_out.most_common() if number]
-    return "\n".join(["left out  reason", *(f"{number:>8}  {reason}" for number, reason in rows)]) if rows else ""
+    rows = [f"{number:>8}  {reason}" for reason, number in left_out.most_common() if number]
+    return "\n".join(["left out  reason", *rows])
 
 
 def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Namespace) -> str | None:
@@ -438,14 +438,15 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
 
 def _report(folder: ClassFolder, outcome: Outcome, wanted: int) -> str | None:
     have = len(folder.kept())
-    if have == 0 and outcome.trouble:
-        return outcome.trouble
     if have:
-        left_out = f" ({summary(outcome.left_out)} left out)" if outcome.left_out and have >= wanted else ""
+        left_out = f" (left out: {summary(outcome.left_out)})" if outcome.left_out and have >= wanted else ""
         print(f"{have} images in {folder.path}{left_out}{_glance(folder)}")
     if have >= wanted:
         return None
-    print(table(outcome.left_out))
+    if outcome.left_out:
+        print(table(outcome.left_out))
+    if have == 0 and outcome.trouble:
+        return outcome.trouble
     found = f"{have} of the {wanted} images of {folder.class_prompt!r} found"
     if outcome.trouble:
         return f"{found}, then {outcome.trouble}; the same command goes on from there"
