@@ -324,6 +324,8 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
     if first is None:
         return outcome
     pool = ThreadPoolExecutor(args.connections)
+    # A thread of its own: Ctrl-C interrupts the main thread only, never an image that is half kept.
+    keeper = ThreadPoolExecutor(1)
     # miniters=0: what is left out is shown too, though it is no step ahead.
     bar = tqdm(total=args.num_class_images, initial=have, desc=folder.class_prompt, unit="image", miniters=0)
 
@@ -333,7 +335,7 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
 
     try:
         for candidate, future in _in_order(itertools.chain([first], candidates), prepare, pool, ahead):
-            taken = _take(candidate, future, folder, outcome)
+            taken = keeper.submit(_take, candidate, future, folder, outcome).result()
             have += taken
             bar.set_postfix_str(summary(outcome.left_out, 3), refresh=False)
             bar.update(taken)
@@ -342,6 +344,7 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
     finally:
         downloader.stop()
         pool.shutdown(cancel_futures=True)
+        keeper.shutdown()
         bar.close()
     return outcome
 

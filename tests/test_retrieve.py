@@ -425,7 +425,7 @@ def test_a_line_that_was_cut_short_is_written_again(tmp_path, rest):
 
 
 def test_interrupted_politely_it_leaves_lists_and_goes_on(web, tmp_path):
-    serve_good(web, 40, seconds=0.1)
+    serve_good(web, 40, seconds=0.15)
     arguments = ["--class_prompt", "cat", "--url", web.url, "--num_class_images", 40, "--connections", 2]
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "real_reg/samples_cat"
