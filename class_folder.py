@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -133,8 +134,8 @@ class ClassFolder:
             self._journal = (path / "sources.jsonl").open("a+b", buffering=0)
         except OSError as error:
             raise UsageError(f"{str(path)!r} cannot be written to: {error.strerror} (class_data_dir)") from error
+        self._lock()
         try:
-            self._lock()
             self.records = self._read()
             self._finish_interrupted()
             if not self.records:
@@ -179,9 +180,14 @@ class ClassFolder:
             file.write(picture.jpeg)
             file.flush()
             os.fsync(file.fileno())
-        self._journal.write(_as_line(record | candidate.credit))
+        self._write(_as_line(record | candidate.credit))
         self.records.append(record)
         hidden.rename(self._image(record))
+
+    def _write(self, lines: bytes) -> None:
+        # In one piece, so that a killed run leaves no more than the last line incomplete.
+        if self._journal.write(lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _hidden(self, record: dict[str, Any]) -> Path:
         return self.images_path / f".{record['file']}.part"
@@ -192,22 +198,19 @@ class ClassFolder:
             number += 1
         return number
 
-    def write_lists(self) -> bool:
-        """Bring the lists up to date; gives whether there was anything to do."""
+    def write_lists(self) -> None:
+        """Bring the lists up to date; those that are up to date are not touched."""
         records = self.kept()
         lines = {
             "caption.txt": [record["caption"] for record in records],
             "urls.txt": [record["url"] for record in records],
             "images.txt": [self._image(record).as_posix() for record in records],
         }
-        changed = False
         for name in self.LISTS:
             content = "".join(f"{line}\n" for line in lines[name]).encode()
             path = self.path / name
             if not path.is_file() or path.read_bytes() != content:
                 write_whole(path, lambda file, content=content: file.write(content))
-                changed = True
-        return changed
 
     def write_contact_sheet(self, columns: int = 10, most: int = 400) -> Path:
         """All images (or the first ones of very many) small on one."""
@@ -238,6 +241,8 @@ class ClassFolder:
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            # Only closed: what is in the folder, even an empty file, is the other run's.
+            self._journal.close()
             raise UsageError(f"another run is filling {str(self.path)!r}: wait for it, or end it") from None
         except OSError:  # a file system without locks
             return
@@ -310,7 +315,7 @@ class ClassFolder:
                     "fingerprint": f"{mark:064x}",
                 }
             )
-        self._journal.write(b"".join(map(_as_line, self.records)))
+        self._write(b"".join(map(_as_line, self.records)))
 
 
 def _as_line(record: dict[str, Any]) -> bytes:

@@ -30,6 +30,8 @@ IDLE_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 # Owners of pictures say with these, in X-Robots-Tag, that no model should be trained on them; img2dataset heeds them.
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
+# The most connections to a host at a time, whatever a source allows: Wikimedia's robot policy.
+HOST_LIMITS = {"upload.wikimedia.org": 2, "thumb.wikimedia.org": 2}
 
 
 class Refused(Exception):
@@ -210,10 +212,6 @@ class Downloader:
             except (OSError, UnicodeError):
                 continue
         return numbers
-
-
-# Wikimedia's robot policy: at most two at a time, in all.
-HOST_LIMITS = {"upload.wikimedia.org": 2, "thumb.wikimedia.org": 2, "commons.wikimedia.org": 2}
 
 
 class _Failed(Exception):

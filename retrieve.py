@@ -15,7 +15,7 @@ import signal
 import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,7 +220,7 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
     for number, entry in enumerate(entries, 1):
         prompt, name = entry.get("class_prompt"), entry.get("class_data_dir")
         if not isinstance(prompt, str) or not one_line(prompt):
-            where = f"{args.concepts_list}: concept {number}" if args.concepts_list else "--class_prompt"
+            where = f"{args.concepts_list}, concept {number}: class_prompt" if args.concepts_list else "--class_prompt"
             raise UsageError(f"{where} has no text to search for")
         prompt = one_line(prompt)
         if name is not None and (not isinstance(name, str) or not name or one_line(name) != name):
@@ -323,30 +323,48 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
     first = next(candidates, None)
     if first is None:
         return outcome
-    candidates = itertools.chain([first], candidates)
-    pending: deque[tuple[Candidate, Future[Picture]]] = deque()
     pool = ThreadPoolExecutor(args.connections)
+    # A thread of its own: Ctrl-C interrupts the main thread only, never an image that is half kept.
+    keeper = ThreadPoolExecutor(1)
     # miniters=0: what is left out is shown too, though it is no step ahead.
     bar = tqdm(total=args.num_class_images, initial=have, desc=folder.class_prompt, unit="image", miniters=0)
+
+    def ahead() -> int:
+        # Not all that could be needed at once: near the end that would be downloads for nothing.
+        return min(2 * args.connections, 2 * (args.num_class_images - have) + 4)
+
     try:
-        while have < args.num_class_images:
-            # Not all that could be needed at once: near the end that would be downloads for nothing.
-            ahead = min(2 * args.connections, 2 * (args.num_class_images - have) + 4)
-            is_ready = bool(pending) and pending[0][1].done()
-            if not is_ready and len(pending) < ahead and (candidate := next(candidates, None)) is not None:
-                pending.append((candidate, pool.submit(prepare, candidate)))
-            elif pending:
-                taken = _take(*pending.popleft(), folder, outcome)
-                have += taken
-                bar.set_postfix_str(summary(outcome.left_out, 3), refresh=False)
-                bar.update(taken)
-            else:
+        for candidate, future in _in_order(itertools.chain([first], candidates), prepare, pool, ahead):
+            taken = keeper.submit(_take, candidate, future, folder, outcome).result()
+            have += taken
+            bar.set_postfix_str(summary(outcome.left_out, 3), refresh=False)
+            bar.update(taken)
+            if have >= args.num_class_images:
                 break
     finally:
         downloader.stop()
         pool.shutdown(cancel_futures=True)
+        keeper.shutdown()
         bar.close()
     return outcome
+
+
+def _in_order(
+    candidates: Iterator[Candidate],
+    prepare: Callable[[Candidate], Picture],
+    pool: ThreadPoolExecutor,
+    ahead: Callable[[], int],
+) -> Iterator[tuple[Candidate, Future[Picture]]]:
+    """Every candidate with its (coming) picture, in order; up to ``ahead()`` of them are under way meanwhile."""
+    pending: deque[tuple[Candidate, Future[Picture]]] = deque()
+    while True:
+        is_ready = bool(pending) and pending[0][1].done()
+        if not is_ready and len(pending) < ahead() and (candidate := next(candidates, None)) is not None:
+            pending.append((candidate, pool.submit(prepare, candidate)))
+        elif pending:
+            yield pending.popleft()
+        else:
+            return
 
 
 def _unknown(candidates: Iterator[Candidate], folder: ClassFolder, outcome: Outcome) -> Iterator[Candidate]:
@@ -387,8 +405,8 @@ def summary(left_out: Counter[str], most: int | None = None) -> str:
 
 def table(left_out: Counter[str]) -> str:
     """The reasons as a small table, commonest first."""
-    rows = [(str(number), reason) for reason, number in left_out.most_common() if number]
-    return "\n".join(["left out  reason", *(f"{number:>8}  {reason}" for number, reason in rows)]) if rows else ""
+    rows = [f"{number:>8}  {reason}" for reason, number in left_out.most_common() if number]
+    return "\n".join(["left out  reason", *rows])
 
 
 def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Namespace) -> str | None:
@@ -423,14 +441,15 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
 
 def _report(folder: ClassFolder, outcome: Outcome, wanted: int) -> str | None:
     have = len(folder.kept())
-    if have == 0 and outcome.trouble:
-        return outcome.trouble
     if have:
-        left_out = f" ({summary(outcome.left_out)} left out)" if outcome.left_out and have >= wanted else ""
+        left_out = f" (left out: {summary(outcome.left_out)})" if outcome.left_out and have >= wanted else ""
         print(f"{have} images in {folder.path}{left_out}{_glance(folder)}")
     if have >= wanted:
         return None
-    print(table(outcome.left_out))
+    if outcome.left_out:
+        print(table(outcome.left_out))
+    if have == 0 and outcome.trouble:
+        return outcome.trouble
     found = f"{have} of the {wanted} images of {folder.class_prompt!r} found"
     if outcome.trouble:
         return f"{found}, then {outcome.trouble}; the same command goes on from there"
