@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept
-from pictures import contact_sheet, write_whole
+from pictures import contact_sheet, write_image
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -177,7 +177,7 @@ def save_picture(path: Path, image: Image.Image, args: argparse.Namespace, promp
     metadata.add_itxt("prompt", prompt)
     metadata.add_text("seed", str(seed))
     metadata.add_itxt("settings", json.dumps({name: getattr(args, name) for name in names}))
-    write_whole(path, lambda file: image.save(file, "PNG", pnginfo=metadata))
+    write_image(path, image, "PNG", pnginfo=metadata)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -195,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not os.access(folder, os.W_OK):
         raise ConceptError(f"--output_dir {args.output_dir!r} cannot be written to")
     paths = generate(load_pipeline(args, concepts), args)
-    sheet = contact_sheet(paths, args.prompt)
-    write_whole(folder / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
+    write_image(folder / "contact_sheet.png", contact_sheet(paths, args.prompt), "PNG")
     print(f"{sum(map(len, paths))} pictures in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -114,6 +115,19 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_image(path: str | os.PathLike, image: Image.Image, kind: str, **options: Any) -> None:
+    """Write a picture whole or not at all.
+
+    Args:
+        kind: ``PNG`` or ``JPEG``.
+        options: what Pillow's ``save`` takes for it.
+    """
+    # Encoded first: Pillow writes into a real file by itself, and does not notice when the disk is full.
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def remove_half_written(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Bring real class images with their captions: ``python retrieve.py --class_prompt cat``.
 
-Prior preservation on real images gives Custom Diffusion's best results. Candidates come from a source (sources.py),
-are fetched (download.py), checked and kept (class_folder.py); here is what the user says, and what is done with it.
+Prior preservation on real images gives Custom Diffusion's best results. Candidates come from a source, are
+fetched, checked and kept by the modules of retrieval/; here is what the user says, and what is done with it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 from PIL import Image
 from tqdm.auto import tqdm
 
-from class_folder import ClassFolder, Picture, check_picture
-from download import Downloader, Refused
 from pictures import UsageError
-from sources import (
+from retrieval.class_folder import ClassFolder, Picture, check_picture
+from retrieval.download import Downloader, Refused
+from retrieval.sources import (
     OPENVERSE_URL,
     WIKIMEDIA_URL,
     Candidate,

@@ -92,7 +92,7 @@ from data import (
     find_instance_images,
     position_batches,
 )
-from pictures import UsageError, readable_images, remove_half_written, write_whole
+from pictures import UsageError, readable_images, remove_half_written, write_image, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -794,9 +794,7 @@ def generate_class_images(
             images = pipeline(batch["prompt"], generator=generators).images
             for number, image in zip(numbers, images, strict=True):
                 digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-                write_whole(
-                    folder / f"{number}-{digest}.jpg", lambda file, image=image: image.save(file, "JPEG", quality=95)
-                )
+                write_image(folder / f"{number}-{digest}.jpg", image, "JPEG", quality=95)
             progress.update(min(len(numbers) * accelerator.num_processes, len(prompts) - progress.n))
         progress.close()
     del pipeline
@@ -1262,7 +1260,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
     for number, image in enumerate(images):
-        write_whole(folder / f"step_{step:06d}_{number}.png", lambda file, image=image: image.save(file, "PNG"))
+        write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images(
@@ -1327,7 +1325,7 @@ def save_result(run: Run) -> Result:
     pictures = []
     for number, image in enumerate(validate(run, run.total_steps, "test")):
         pictures.append(f"image_{number}.png")
-        write_whole(folder / pictures[-1], lambda file, image=image: image.save(file, "PNG"))
+        write_image(folder / pictures[-1], image, "PNG")
     card = render_card(run, concept, run.total_steps, pictures)
     write_whole(folder / CARD_NAME, lambda file: file.write(card))
     return Result(concept, [*files, *pictures, CARD_NAME], pictures)

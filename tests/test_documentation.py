@@ -95,7 +95,7 @@ def test_the_commands_of_diffusers_documentation(word: str, tokens: list[str], h
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", README))))
 def test_every_flag_in_the_readme_exists(flag: str) -> None:
     launchers = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"}
-    launchers |= {"cpu", "nproc_per_node", "nnodes", "node_rank", "master_addr", "quiet"}
+    launchers |= {"help", "cpu", "nproc_per_node", "nnodes", "node_rank", "master_addr", "quiet"}
     ours = {name for script in ROOT.glob("*.py") for name in re.findall(r'add\("--(\w+)"', script.read_text())}
     assert flag in ours | launchers
 

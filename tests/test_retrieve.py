@@ -25,12 +25,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import class_folder
 import retrieve
 from data import find_class_images
-from download import Downloader, Refused, is_public
 from pictures import load_image
-from sources import LocalFiles, caption_of_title, has_words, one_line, query_words
+from retrieval import class_folder
+from retrieval.download import Downloader, Refused, is_public
+from retrieval.sources import LocalFiles, caption_of_title, has_words, one_line, query_words
 
 SCRIPT = Path(retrieve.__file__)
 
@@ -358,7 +358,8 @@ def test_killed_ten_times_gives_what_an_uninterrupted_run_gives(web, tmp_path):
 KILLED_AT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import class_folder, retrieve
+import retrieve
+from retrieval import class_folder
 
 left = {steps}
 

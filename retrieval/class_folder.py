@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from download import Refused
-from pictures import UsageError, contact_sheet, load_image, write_whole
-from sources import Candidate, one_line
+from pictures import UsageError, contact_sheet, load_image, write_image, write_whole
+from retrieval.download import Refused
+from retrieval.sources import Candidate, one_line
 
 try:
     import fcntl
@@ -216,9 +216,7 @@ class ClassFolder:
         """All images (or the first ones of very many) small on one."""
         paths = self.image_paths()[:most]
         rows = [paths[start : start + columns] for start in range(0, len(paths), columns)]
-        # Encoded first: written by Pillow itself, a full disk would go unnoticed.
-        content = _as_jpeg(contact_sheet(rows, side=128))
-        write_whole(self.path / "contact_sheet.jpg", lambda file: file.write(content))
+        write_image(self.path / "contact_sheet.jpg", contact_sheet(rows, side=128), "JPEG", quality=95)
         return self.path / "contact_sheet.jpg"
 
     def close(self) -> None:
