@@ -140,6 +140,25 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
         raise
 
 
+def new_folder(path: str | os.PathLike) -> Path:
+    """Make a folder for a result.
+
+    Raises:
+        ConceptError: where that is not possible, or the folder holds something: nothing there is replaced.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = next(folder.iterdir(), None)
+    except OSError as error:
+        raise ConceptError(f"--output_dir {str(path)!r} cannot be made: {error.strerror}") from error
+    if occupied is not None:
+        raise ConceptError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
+    if not os.access(folder, os.W_OK):
+        raise ConceptError(f"--output_dir {str(path)!r} cannot be written to")
+    return folder
+
+
 def save_concept(
     concept: Concept, folder: str | os.PathLike, safetensors_too: bool = True, bin_too: bool = True
 ) -> list[str]:
@@ -167,9 +186,7 @@ def save_concept(
     # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
     cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
     untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
-    files = {
-        token: {token: vector.detach().to("cpu", copy=True)} for token, vector in concept.tokens.items()
-    }
+    files = {token: {token: vector.detach().to("cpu", copy=True)} for token, vector in concept.tokens.items()}
     written = []
     if safetensors_too:
         contents = dict(files)
@@ -495,6 +512,7 @@ def model_card(
     settings: Mapping[str, Any],
     sample_prompt: str | None = None,
     sample_images: Sequence[str] = (),
+    origin: str = "trained",
 ) -> str:
     """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample pictures.
 
@@ -503,6 +521,7 @@ def model_card(
         prompts: the instance prompts of the training run.
         settings: what to tell about the run, for a table; must hold no secret.
         sample_prompt, sample_images: prompt and file names (beside the card) of pictures to show.
+        origin: how the weights were made, ``trained`` or ``merged``.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
     prompt = sample_prompt or prompts[0]
@@ -512,7 +531,7 @@ def model_card(
     text = f"""# Custom Diffusion: {words}
 
 Cross-attention weights and new words for {concept.base_model or "a Stable Diffusion model that is not public"},
-trained with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/) on:
+{origin} with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/), for:
 
 {_lines(f"- `{prompt}`" for prompt in prompts)}
 
@@ -539,7 +558,7 @@ pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline
 {load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
 
-## Training
+## How it was {origin}
 
 | setting | value |
 |---|---|
@@ -556,6 +575,8 @@ The licence of the base model holds for these weights too.
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion", "diffusers-training"],
         instance_prompt=", ".join(prompts),
+        # What the Hub's page shows and lets visitors try.
+        widget=[{"text": prompt, "output": {"url": name}} for name in sample_images] or [{"text": prompt}],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
