@@ -209,7 +209,7 @@ def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks.values())) if same else "Dynamic",
-        "ss_network_alpha": str(max(ranks.values())) if same else "Dynamic",
+        "ss_network_alpha": str(max(ranks.values())),
         "ss_base_model_version": {768: "sd_v1", 1024: "sd_v2"}.get(width, "unknown"),
         "ss_v2": str(width == 1024),
         "modelspec.trigger_phrase": " ".join(concept.tokens),

@@ -145,13 +145,16 @@ def to_lora(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) ->
             sides keep half precision from underflowing.
         dtype: type to store the factors in.
     """
+    # Programs multiply by alpha / rank. One alpha for all layers, with the rest in the factors: diffusers (0.42) drops
+    # alphas that differ between layers, with a warning only, and scales those layers wrongly.
+    alpha = float(max((len(v) for _, v in factors.values()), default=1))
     tensors = {}
     for key, (u, v) in factors.items():
         name = "lora_unet_" + parameter_name(key).removesuffix(".weight").replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = v.to(dtype).contiguous()
-        tensors[f"{name}.lora_up.weight"] = u.to(dtype).contiguous()
-        # Programs multiply by alpha / rank: this makes it one.
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(v)), dtype=torch.float32)
+        scale = (len(v) / alpha) ** 0.5
+        tensors[f"{name}.lora_down.weight"] = (v * scale).to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = (u * scale).to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
     return tensors
 
 
