@@ -279,7 +279,7 @@ def _local_path(source: str) -> Path:
     if Path(source).exists():
         return Path(source)
     name, _, revision = source.partition("@")
-    if not is_hub_id(name):
+    if not _HUB_ID.fullmatch(name):
         raise ConceptError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
 
     def download(pattern: str) -> Path:
