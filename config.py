@@ -35,11 +35,12 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         file = finder.parse_known_args(argv)[0].config
     except argparse.ArgumentError:
         file = None  # --config without a file: the real parser says so
-    from_file = [] if file is None else _flags_of_file(parser, Path(file))
-    return parser.parse_args([*from_file, *(sys.argv[1:] if argv is None else argv)])
+    given = list(sys.argv[1:] if argv is None else argv)
+    from_file = [] if file is None else _flags_of_file(parser, Path(file), given)
+    return parser.parse_args([*from_file, *given])
 
 
-def _flags_of_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +58,8 @@ def _flags_of_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if name not in actions or name in ("config", "help"):
             close = difflib.get_close_matches(str(name), actions, 1)
             parser.error(f"--config {str(path)!r}: {name!r} is no flag" + (f"; {close[0]}?" if close else ""))
-        argv += _as_flags(parser, actions[name], value, path)
+        if not any(word.split("=")[0] in actions[name].option_strings for word in given):
+            argv += _as_flags(parser, actions[name], value, path)
     return argv
 
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from base_model import find_base_model
 from concept import Concept, ConceptError, apply_concepts, load_concept, write_whole
+from config import parse_with_config, save_config
 from data import contact_sheet
 
 SCHEDULERS = {
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
     add("--output_dir", default="samples", help="Where the pictures are written; none there is replaced.")
-    args = parser.parse_args(argv)
+    args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:
         try:
@@ -78,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
         args.prompt += [line.strip() for line in lines if line.strip()]
+        args.prompts_file = None  # they are prompts now: the saved configuration should not have them twice
     if not args.prompt:
         parser.error("give a prompt, such as --prompt '<new1> cat'")
     for name in ("num_images", "batch_size", "num_inference_steps"):
@@ -185,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConceptError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ConceptError(f"--output_dir {args.output_dir!r} cannot be written to")
-    paths = generate(load_pipeline(args, concepts), args)
+    pipeline = load_pipeline(args, concepts)
+    # Numbered like the first picture: a folder may hold the pictures of several runs.
+    save_config(args, folder / f"{_first_free_number(folder):05d}_config.yaml")
+    paths = generate(pipeline, args)
     sheet = contact_sheet(paths, args.prompt)
     write_whole(folder / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
     print(f"{sum(map(len, paths))} pictures in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")

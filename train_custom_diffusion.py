@@ -73,6 +73,7 @@ from concept import (
     save_concept,
     write_whole,
 )
+from config import CONFIG_NAME, parse_with_config, save_config
 from data import (
     CustomDiffusionDataset,
     PromptDataset,
@@ -125,7 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's.")
 
     add = parser.add_argument_group("concepts").add_argument
-    add("--instance_data_dir", help="Folder with four or five pictures of the concept.")
+    add("--instance_data_dir", help="Folder with four or five pictures of the concept; photo.txt beside photo.jpg, or "
+        "metadata.jsonl, may hold a prompt for each, which then replaces --instance_prompt.")
     add("--instance_prompt", help="Prompt that names the concept, such as 'photo of a <new1> cat'.")
     add("--modifier_token", help="The concept's new word; several are joined with '+': '<new1>+<new2>'. "
         "Without it only the attention is trained.")
@@ -214,7 +216,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: as argparse does, after a usage line and one line that names what is wrong.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_with_config(parser, argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
@@ -959,7 +961,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     """Read and check all that is small: a mistake should show before anything slow is loaded or written."""
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args, concepts)
-    instance_images = find_instance_images(concepts)
+    instance_images = find_instance_images(concepts, tokens)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(args)
     noise_scheduler, latent_channels, latent_size = check_base_model(args)
@@ -1013,6 +1015,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.is_main_process:
+        save_config(args, Path(args.output_dir, CONFIG_NAME))
         accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
         if args.push_to_hub:
             create_hub_repository(args)
