@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shlex
+import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +133,57 @@ def find_instance_images(concepts: Sequence[dict[str, str]], tokens: Sequence[st
     if left_out:
         logger.warning(f"left out, no readable picture: {', '.join(map(str, left_out))}")
     return pairs
+
+
+def dataset_folder(name: str, cache: Path) -> Path:
+    """Bring the pictures of a Hugging Face dataset into a folder, with their captions beside them.
+
+    Args:
+        name: the dataset's id on the Hub, ``owner/name`` or ``owner/name@revision``; its split ``train`` is taken.
+        cache: where the folder is made; one that is there from an earlier run is used again.
+
+    Raises:
+        UsageError: where the package ``datasets`` or the dataset is missing, or it has no pictures.
+    """
+    folder = cache / name.replace("/", "--")
+    if folder.is_dir():
+        return folder
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"there is no folder {name!r} (instance_data_dir); to take it for a dataset on the Hub, "
+            "pip install -r requirements-datasets.txt"
+        ) from error
+    repository, _, revision = name.partition("@")
+    try:
+        rows = datasets.load_dataset(repository, split="train", revision=revision or None)
+    except Exception as error:  # datasets, the Hub client and pyarrow raise their own errors
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"there is no folder {name!r} (instance_data_dir), and no such dataset with a split 'train' on the Hub: "
+            f"{reason}"
+        ) from error
+    picture = next((column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if picture is None:
+        raise UsageError(
+            f"the dataset {name!r} (instance_data_dir) has no column of pictures: {', '.join(rows.features)}"
+        )
+    caption = next((column for column in CAPTION_COLUMNS if column in rows.features), None)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache, prefix="."))
+    for number, row in enumerate(rows):
+        row[picture].save(temporary / f"{number:05d}.png")
+        if caption is not None and row[caption]:
+            (temporary / f"{number:05d}.txt").write_text(str(row[caption]), encoding="utf-8")
+    # Under its name only when it is complete; another process of the same run may have been first.
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.is_dir():
+            raise
+    return folder
 
 
 def find_captions(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, str], set[Path]]:
