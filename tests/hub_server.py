@@ -36,6 +36,21 @@ def commit_of(repository: str) -> str:
     return hashlib.sha1(repository.encode()).hexdigest() if "@" in repository else COMMIT
 
 
+def tree(files: dict[str, bytes], under: str, recursive: bool) -> list[dict[str, Any]]:
+    """The Hub's listing of a folder: files with their size and id, and folders."""
+    prefix = f"{under}/" if under else ""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, content in files.items():
+        if name.startswith(prefix):
+            inside = name.removeprefix(prefix)
+            if recursive or "/" not in inside:
+                entries[name] = {"type": "file", "path": name, "rfilename": name, "size": len(content)}
+            else:
+                folder = prefix + inside.split("/")[0]
+                entries[folder] = {"type": "directory", "path": folder}
+    return [entry | {"oid": "0" * 40} for entry in entries.values()]
+
+
 class Hub(ThreadingHTTPServer):
     """Repositories in memory: ``files`` maps a repository to its files, ``seen`` lists what was asked for.
 
@@ -104,6 +119,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append(f"{self.command} {self.path}")
         parts = [unquote(part) for part in self.path.split("?")[0].strip("/").split("/")]
+        if parts[0] == "datasets":
+            parts = parts[1:]
         repository = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2])
         revision = (
             parts[5] if parts[4:5] in (["revision"], ["tree"]) else parts[3] if parts[2:3] == ["resolve"] else "main"
@@ -116,10 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         if files is None or revision not in ("main", commit_of(repository), repository.partition("@")[2]):
             self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif parts[0] == "api":
-            entries = [
-                {"type": "file", "path": name, "rfilename": name, "size": len(content), "oid": "0" * 40}
-                for name, content in files.items()
-            ]
+            entries = tree(files, "/".join(parts[6:]) if "tree" in parts else "", "recursive=false" not in self.path)
             info = {"id": repository, "sha": commit_of(repository), "siblings": entries, "private": False, "tags": []}
             self.answer(entries if "tree" in parts else info)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,3 +164,26 @@ def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     result = run_script("python", ROOT / "infer.py", *argv, cwd=tmp_path, **environment(hub, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 1
+
+
+def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    files = {f"train/{path.name}": path.read_bytes() for path in sorted(pictures.iterdir())[:3]}
+    captions = [json.dumps({"file_name": f"{number}.png", "text": f"<new1> cat, {number}"}) for number in range(3)]
+    hub.files["someone/cats"] = files | {"train/metadata.jsonl": "\n".join(captions).encode()}
+    script, home = ROOT / "train_custom_diffusion.py", tmp_path / "home"
+    online = environment(hub, home) | {"HF_DATASETS_OFFLINE": "0"}
+    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/cats")
+    result = run_script("python", script, *argv, **online)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 pictures" in result.stderr
+    folder = home / "custom-diffusion" / "someone--cats"
+    assert [(folder / f"{number:05d}.txt").read_text() for number in range(3)] == [
+        f"<new1> cat, {number}" for number in range(3)
+    ]
+    assert [path.name for path in folder.parent.iterdir()] == ["someone--cats"], "no temporary folder stays"
+
+    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/dogs")
+    result = run_script("python", script, *argv, **online)
+    assert result.returncode == 1
+    assert "error: there is no folder 'someone/dogs' (instance_data_dir), and no such dataset" in result.stderr
+    assert "Traceback" not in result.stderr
