@@ -7,6 +7,7 @@ This module is the only place that knows the format. A concept is a folder (or a
 - ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``;
 - ``README.md``: a model card whose ``base_model`` says which model the weights belong to.
 
+The authors' ``delta.bin`` is read in place of these (:mod:`formats` knows its layout).
 Files of strangers are read as safetensors or with ``weights_only=True``, so that reading never runs code.
 """
 
@@ -16,7 +17,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,17 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from torch import Tensor, nn
 
+import formats
 from pictures import write_whole
 
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
+DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
 CARD_NAME = "README.md"
 MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
 
 # Windows forbids more than a separator needs, the customary angle brackets among it.
 _NOT_IN_FILE_NAMES = '/\\:<>"|?*' if os.name == "nt" else "/\\:"
 
-# `down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight`
-_KEY = re.compile(
-    r"(?P<attention>.+\.attn2)\.processor\."
-    r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -57,12 +55,17 @@ class Concept:
         tokens: modifier token to its embedding, shape (text width,).
         base_model: the model that was fine-tuned (Hub id or folder), where it is known.
         source: where the concept was read from, for messages.
+        differences: keyed like ``attention``, projections that are known only as difference from the base model's
+            (the authors' compressed files); :func:`complete` turns them into ``attention``.
+        instance_prompt: what the card says of the prompts it was trained on.
     """
 
     attention: dict[str, Tensor]
     tokens: dict[str, Tensor]
     base_model: str | None = None
     source: str = "the concept"
+    differences: dict[str, Tensor] = field(default_factory=dict)
+    instance_prompt: str | None = None
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -97,7 +100,39 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
+def class_words(concept: Concept) -> dict[str, str]:
+    """Modifier token to the words that follow it in the instance prompts of the card: its class, ``cat``.
+
+    Tokens that no prompt of the card has are left out.
+    """
+    words = {}
+    for token in concept.tokens:
+        match = re.search(re.escape(token) + r"\s+([^,.;:!?<]+)", concept.instance_prompt or "")
+        if match is not None:
+            words[token] = match[1].strip()
+    return words
+
+
 # --- writing -------------------------------------------------------------------------------------
+
+
+def new_folder(path: str | os.PathLike) -> Path:
+    """Make a folder for a result.
+
+    Raises:
+        ConceptError: where that is not possible, or the folder holds something: nothing there is replaced.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = next(folder.iterdir(), None)
+    except OSError as error:
+        raise ConceptError(f"--output_dir {str(path)!r} cannot be made: {error.strerror}") from error
+    if occupied is not None:
+        raise ConceptError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
+    if not os.access(folder, os.W_OK):
+        raise ConceptError(f"--output_dir {str(path)!r} cannot be written to")
+    return folder
 
 
 def save_concept(
@@ -116,9 +151,12 @@ def save_concept(
         The names of the files written, relative to ``folder``.
 
     Raises:
-        ConceptError: for a token that cannot be a file name, or values that are not finite; nothing is written then.
+        ConceptError: for a token that cannot be a file name, values that are not finite, or differences whose base
+            model is not known here; nothing is written then.
     """
     folder = Path(folder)
+    if concept.differences:
+        raise ConceptError(f"{concept.source!r} is compressed: complete it with its base model before saving it")
     for token in concept.tokens:
         check_token_name(token)
     _check_finite(concept)
@@ -126,9 +164,7 @@ def save_concept(
     # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
     cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
     untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
-    files = {
-        token: {token: vector.detach().to("cpu", torch.float32, copy=True)} for token, vector in concept.tokens.items()
-    }
+    files = {token: {token: vector.detach().to("cpu", copy=True)} for token, vector in concept.tokens.items()}
     written = []
     if safetensors_too:
         contents = dict(files)
@@ -152,54 +188,92 @@ def save_concept(
 
 
 def load_concept(source: str | os.PathLike) -> Concept:
-    """Read a concept from a folder, a training checkpoint or a Hub repository.
+    """Read a concept from a folder, a training checkpoint, the authors' ``delta.bin`` or a Hub repository.
 
     Safetensors are preferred; a ``.bin`` is read with ``weights_only=True``.
+
+    Args:
+        source: folder, file of the authors', or Hub id; a revision follows the id as in ``owner/name@revision``.
 
     Raises:
         ConceptError: where there is no concept, or a file is broken, would run code, or holds values that are
             not finite.
     """
-    folder = _local_folder(str(source))
+    path = _local_path(str(source))
+    folder = path if path.is_dir() else path.parent
+    files = _weight_files(folder)
+    delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
+    if path.is_file() or (delta is not None and WEIGHTS_STEM not in files):
+        attention, differences, tokens = _read_delta(path if path.is_file() else delta)
+    else:
+        attention, tokens = _read_own_files(files)
+        differences = {}
+    if not attention and not differences and not tokens:
+        raise ConceptError(
+            f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
+            "delta.bin; give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
+        )
+    base_model, instance_prompt = _read_card(folder)
+    concept = Concept(attention, tokens, base_model, str(source), differences, instance_prompt)
+    _check_finite(concept)
+    return concept
+
+
+def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     attention: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
-    for stem, path in _weight_files(folder).items():
+    for stem, path in files.items():
         content = _read_tensors(path)
         if stem == WEIGHTS_STEM:
             # Empty entries stand for processors that were not trained.
             attention = {key: value for key, value in content.items() if len(value) > 0}
-            foreign = next((key for key in attention if not _KEY.fullmatch(key)), None)
+            foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
             if foreign is not None:
                 raise ConceptError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif set(content) == {stem} and isinstance(content[stem], Tensor) and content[stem].dim() == 1:
             # The clone leaves behind the whole embedding table that the example stores with each vector.
             tokens[stem] = content[stem].clone()
-    if not attention and not tokens:
-        raise ConceptError(
-            f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin and no token file; "
-            "give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
-        )
-    concept = Concept(attention, tokens, _base_model(folder), str(source))
-    _check_finite(concept)
-    return concept
+    return attention, tokens
 
 
 def _check_finite(concept: Concept) -> None:
-    for name, tensor in (concept.attention | concept.tokens).items():
+    for name, tensor in (concept.attention | concept.differences | concept.tokens).items():
         if not torch.isfinite(tensor).all():
             raise ConceptError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
 
-def _local_folder(source: str) -> Path:
-    if Path(source).is_dir():
+def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    try:
+        attention, differences, tokens = formats.from_delta(_read_tensors(path))
+    except ConceptError:
+        raise
+    except ValueError as error:
+        raise ConceptError(f"{path} {error}") from error
+    for token in tokens:
+        check_token_name(token)
+    # Clones as above: whoever saved these may have stored views too.
+    return attention, differences, {token: vector.clone() for token, vector in tokens.items()}
+
+
+def _local_path(source: str) -> Path:
+    """The folder (or file) itself, or the local copy of a Hub repository."""
+    if Path(source).exists():
         return Path(source)
-    if not is_hub_id(source):
+    name, _, revision = source.partition("@")
+    if not _HUB_ID.fullmatch(name):
         raise ConceptError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
+
+    def download(pattern: str) -> Path:
+        patterns = [pattern, CARD_NAME]
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
+        )
+
     try:
         # First what is safe to read; the pickles only where there is nothing else.
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", CARD_NAME], ignore_patterns=["*/*"]))
+        folder = download("*.safetensors")
         if not (folder / f"{WEIGHTS_STEM}.safetensors").exists():
-            folder = Path(snapshot_download(source, allow_patterns=["*.bin", CARD_NAME], ignore_patterns=["*/*"]))
+            folder = download("*.bin")
     except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConceptError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
@@ -231,18 +305,40 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def _base_model(folder: Path) -> str | None:
+def _read_card(folder: Path) -> tuple[str | None, str | None]:
+    """Base model and instance prompt, as far as the card names them."""
     # A checkpoint inside an output folder has its own card; the parent's is no fallback, it may be another run's.
     card = folder / CARD_NAME
     if not card.is_file():
-        return None
+        return None, None
     try:
-        base_model = ModelCard.load(card).data.to_dict().get("base_model")
+        data = ModelCard.load(card).data.to_dict()
     except Exception:  # a card is written by people: whatever is wrong with its header, the weights are still good
-        return None
+        return None, None
+    base_model, instance_prompt = data.get("base_model"), data.get("instance_prompt")
     if isinstance(base_model, list):
         base_model = base_model[0] if base_model else None
-    return base_model if isinstance(base_model, str) else None
+    return (
+        base_model if isinstance(base_model, str) else None,
+        instance_prompt if isinstance(instance_prompt, str) else None,
+    )
+
+
+def complete(concept: Concept, base: Mapping[str, Tensor]) -> Concept:
+    """The concept with full projections in place of differences.
+
+    Args:
+        base: the base model's projections, keyed like ``attention``; for every key of ``differences``.
+
+    Raises:
+        ConceptError: where a difference does not fit its projection.
+    """
+    attention = dict(concept.attention)
+    for key, difference in concept.differences.items():
+        if key not in base or base[key].shape != difference.shape:
+            raise ConceptError(f"{_trained_on(concept)}; the base model given has no fitting {key!r}")
+        attention[key] = base[key].float() + difference
+    return replace(concept, attention=attention, differences={})
 
 
 # --- applying ------------------------------------------------------------------------------------
@@ -310,8 +406,11 @@ def apply_concepts(pipeline: Any, *concepts: Concept, scale: float = 1.0) -> App
     )
     with torch.no_grad():
         for key, parameter in parameters.items():
-            learned = attention[key][0].to(parameter.device, torch.float32)
-            parameter.copy_(torch.lerp(parameter.float(), learned, scale))
+            value, concept = attention[key]
+            original, learned = parameter.float(), value.to(parameter.device, torch.float32)
+            if key in concept.differences:
+                learned = original + learned
+            parameter.copy_(torch.lerp(original, learned, scale))
         if tokens:
             # Other pipelines may share the tokenizer object: ours becomes a copy, and theirs does not change.
             pipeline.tokenizer = copy.deepcopy(tokenizer)
@@ -336,28 +435,24 @@ def _combine(concepts: Sequence[Concept]) -> tuple[_Owned, _Owned]:
             if token in tokens:
                 raise ConceptError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
             tokens[token] = (vector, concept)
-        for key, weight in concept.attention.items():
+        for key, weight in (concept.attention | concept.differences).items():
             if key in attention and not torch.equal(attention[key][0].float(), weight.float()):
                 raise ConceptError(
                     f"{attention[key][1].source!r} and {concept.source!r} each trained their own attention weights; "
-                    "one UNet can hold one set: train the concepts together with --concepts_list"
+                    "one UNet can hold one set: merge them with merge.py, or train them together with --concepts_list"
                 )
             attention.setdefault(key, (weight, concept))
     return attention, tokens
 
 
 def _find_parameter(unet: nn.Module, key: str, concept: Concept) -> nn.Parameter:
-    name = _KEY.fullmatch(key)
-    assert name is not None, key
-    parameter = name["parameter"]
+    path, parameter = formats.parameter_name(key).rsplit(".", 1)
     try:
-        module = unet.get_submodule(name["attention"]).get_submodule(name["projection"])
-        if parameter.startswith("0."):
-            module, parameter = module.get_submodule("0"), parameter.removeprefix("0.")
+        module = unet.get_submodule(path)
         # A LoRA that was loaded before wraps the projection; the concept belongs into what it wraps.
         found = getattr(getattr(module, "base_layer", module), parameter)
     except AttributeError:
-        raise ConceptError(f"{_trained_on(concept)}; this pipeline's UNet has no {name['attention']}") from None
+        raise ConceptError(f"{_trained_on(concept)}; this pipeline's UNet has no {path}") from None
     if found.is_meta:
         raise ConceptError("apply the concept before enabling offloading: the UNet's weights are not in memory")
     return found
@@ -398,6 +493,7 @@ def model_card(
     settings: Mapping[str, Any],
     sample_prompt: str | None = None,
     sample_images: Sequence[str] = (),
+    origin: str = "trained",
 ) -> str:
     """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample pictures.
 
@@ -406,6 +502,7 @@ def model_card(
         prompts: the instance prompts of the training run.
         settings: what to tell about the run, for a table; must hold no secret.
         sample_prompt, sample_images: prompt and file names (beside the card) of pictures to show.
+        origin: how the weights were made, ``trained`` or ``merged``.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
     prompt = sample_prompt or prompts[0]
@@ -415,7 +512,7 @@ def model_card(
     text = f"""# Custom Diffusion: {words}
 
 Cross-attention weights and new words for {concept.base_model or "a Stable Diffusion model that is not public"},
-trained with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/) on:
+{origin} with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/), for:
 
 {_lines(f"- `{prompt}`" for prompt in prompts)}
 
@@ -442,7 +539,7 @@ pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline
 {load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
 
-## Training
+## How it was {origin}
 
 | setting | value |
 |---|---|
@@ -459,6 +556,8 @@ The licence of the base model holds for these weights too.
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion", "diffusers-training"],
         instance_prompt=", ".join(prompts),
+        # What the Hub's page shows and lets visitors try.
+        widget=[{"text": prompt, "output": {"url": name}} for name in sample_images] or [{"text": prompt}],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 

@@ -24,7 +24,9 @@ from diffusers import (
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from concept import Concept, ConceptError, apply_concepts, is_hub_id, load_concept
+from base_model import find_base_model
+from concept import Concept, ConceptError, apply_concepts, load_concept
+from config import parse_with_config, save_config
 from pictures import contact_sheet, write_image
 
 SCHEDULERS = {
@@ -50,7 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", action="extend", nargs="+", default=[], help="One or several prompts with a learned token.")
     add("--prompts_file", help="Text file with one prompt per line, after those of --prompt.")
     add("--model_dir", nargs="+", default=["custom-diffusion-model"],
-        help="Output folder of a training run, one of its checkpoints, or a Hub id; several are applied together.")
+        help="Output folder of a training run, one of its checkpoints, the authors' delta.bin, or a Hub id "
+        "(owner/name or owner/name@revision); several are applied together.")
     add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concept's card names.")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the base model's files, such as fp16.")
@@ -68,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
     add("--output_dir", default="samples", help="Where the pictures are written; none there is replaced.")
-    args = parser.parse_args(argv)
+    args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:
         try:
@@ -76,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
         args.prompt += [line.strip() for line in lines if line.strip()]
+        args.prompts_file = None  # they are prompts now: the saved configuration should not have them twice
     if not args.prompt:
         parser.error("give a prompt, such as --prompt '<new1> cat'")
     for name in ("num_images", "batch_size", "num_inference_steps"):
@@ -94,21 +98,10 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     Raises:
         ConceptError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
-    known = (concept.base_model for concept in concepts if concept.base_model)
-    base = args.pretrained_model_name_or_path or next(known, None)
-    if base is None:
-        raise ConceptError(
-            f"the card of {args.model_dir[0]!r} names no base model: give --pretrained_model_name_or_path"
-        )
-    if not Path(base).is_dir() and not is_hub_id(base):
-        raise ConceptError(f"there is no base model folder {base!r}: give --pretrained_model_name_or_path")
+    base = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
     device = args.device or _best_device()
     dtype = DTYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(base, revision=args.revision, variant=args.variant, dtype=dtype)
-    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, ...
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConceptError(f"cannot load the base model {base!r}: {reason}") from error
+    pipeline = base.pipeline(dtype)
     apply_concepts(pipeline, *concepts, scale=args.scale)
     pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
     try:
@@ -194,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConceptError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ConceptError(f"--output_dir {args.output_dir!r} cannot be written to")
-    paths = generate(load_pipeline(args, concepts), args)
+    pipeline = load_pipeline(args, concepts)
+    # Numbered like the first picture: a folder may hold the pictures of several runs.
+    save_config(args, folder / f"{_first_free_number(folder):05d}_config.yaml")
+    paths = generate(pipeline, args)
     write_image(folder / "contact_sheet.png", contact_sheet(paths, args.prompt), "PNG")
     print(f"{sum(map(len, paths))} pictures in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")
 

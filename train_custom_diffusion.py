@@ -56,6 +56,7 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -84,10 +85,12 @@ from concept import (
     model_card,
     save_concept,
 )
+from config import CONFIG_NAME, parse_with_config, save_config
 from data import (
     CustomDiffusionDataset,
     PromptDataset,
     collate_fn,
+    dataset_folder,
     find_class_images,
     find_instance_images,
     position_batches,
@@ -102,7 +105,7 @@ FREE_ON_RESUME = {
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
     "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
-    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir",
+    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config",
 }  # fmt: skip
 MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
 
@@ -145,7 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's.")
 
     add = parser.add_argument_group("concepts").add_argument
-    add("--instance_data_dir", help="Folder with four or five pictures of the concept.")
+    add("--instance_data_dir", help="Folder with four or five pictures of the concept, or id of a dataset on the Hub; "
+        "photo.txt beside photo.jpg, or metadata.jsonl, may hold a prompt for each in place of --instance_prompt.")
     add("--instance_prompt", help="Prompt that names the concept, such as 'photo of a <new1> cat'.")
     add("--modifier_token", help="The concept's new word; several are joined with '+': '<new1>+<new2>'. "
         "Without it only the attention is trained.")
@@ -219,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output and logging").add_argument
     add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
     add("--report_to", default="tensorboard", choices=[*map(str, LoggerType), "none"],
-        help="Where losses and pictures are logged; wandb needs requirements-wandb.txt.")
+        help="Where losses and pictures are logged; wandb and comet_ml need requirements-wandb.txt or -comet.txt.")
     add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     add("--push_to_hub", **is_on, help="Upload the result to the Hub.")
     add("--hub_token", help="Token for that; `hf auth login` keeps it off the command line.")
@@ -235,7 +239,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: as argparse does, after a usage line and one line that names what is wrong.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_with_config(parser, argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
@@ -259,13 +263,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "requirements-xformers.txt")
     if args.use_8bit_adam:
         _require(parser, "bitsandbytes", "--use_8bit_adam", "requirements-8bit.txt")
-    if args.report_to in ("wandb", "tensorboard"):
-        _require(
-            parser,
-            args.report_to,
-            f"--report_to={args.report_to}",
-            f"requirements{'-wandb' * (args.report_to == 'wandb')}.txt",
-        )
+    trackers = {
+        "tensorboard": "requirements.txt",
+        "wandb": "requirements-wandb.txt",
+        "comet_ml": "requirements-comet.txt",
+    }
+    if args.report_to in trackers:
+        _require(parser, args.report_to, f"--report_to={args.report_to}", trackers[args.report_to])
     if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
         parser.error(f"--report_to={args.report_to} records the command line, --hub_token with it: use `hf auth login`")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -309,8 +313,11 @@ def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
         for key in needed:
             if not concept[key].isprintable():
                 raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
-        if not Path(concept["instance_data_dir"]).is_dir():
-            raise UsageError(f"there is no folder {concept['instance_data_dir']!r} (instance_data_dir)")
+        name = concept["instance_data_dir"]
+        if not Path(name).is_dir():
+            if not is_hub_id(name.split("@")[0]):
+                raise UsageError(f"there is no folder {name!r} (instance_data_dir)")
+            concept["instance_data_dir"] = str(dataset_folder(name, Path(HF_HOME, "custom-diffusion")))
     return concepts
 
 
@@ -959,7 +966,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     """Read and check all that is small: a mistake should show before anything slow is loaded or written."""
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args, concepts)
-    instance_images = find_instance_images(concepts)
+    instance_images = find_instance_images(concepts, tokens)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     noise_scheduler, latent_channels, latent_size = check_base_model(args)
@@ -1019,7 +1026,10 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.is_main_process:
+        save_config(args, Path(args.output_dir, CONFIG_NAME))
         accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+        for tracker in accelerator.trackers:
+            logger.info(f"follow this run: {tracker_address(tracker)}")
         if args.push_to_hub:
             create_hub_repository(args)
 
@@ -1091,6 +1101,19 @@ def quiet_libraries(accelerator: Accelerator) -> None:
         else:
             library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def tracker_address(tracker: Any) -> str:
+    """Where a run can be followed: an address, or the command that shows what is kept on this machine."""
+    if tracker.name == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str(tracker.logging_dir))}"
+    if tracker.name == "wandb":
+        return tracker.run.url or f"wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"
+    if tracker.name == "comet_ml":
+        url = tracker.writer.url or ""
+        # Offline it is a sentence; Comet says at the end where its archive is.
+        return url if url.startswith("http") else "Comet, offline"
+    return str(tracker.name)
 
 
 def resume(run: Run) -> int:
@@ -1272,6 +1295,9 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
             captions = [f"{number}: {args.validation_prompt}" for number in range(len(images))]
             pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
             tracker.log({phase: pictures}, step=step)
+        elif tracker.name == "comet_ml":
+            for number, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{phase} {number}: {args.validation_prompt}", step=step)
     return images
 
 

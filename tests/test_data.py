@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -274,3 +276,69 @@ def test_every_picture_is_seen_once_an_epoch(pictures: Path, tokenizer: CLIPToke
     for epoch in range(3):
         seen = {samples[epoch * 5 + k]["instance_images"].numpy().tobytes() for k in range(5)}
         assert len(seen) == 5
+
+
+# --- captions of single pictures -----------------------------------------------------------------
+
+
+def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, str]:
+    concept = {"instance_data_dir": str(folder), "instance_prompt": "photo of a <new1> cat"}
+    return {path.name: prompt for path, prompt in find_instance_images([concept], tokens)}
+
+
+def test_a_text_file_beside_a_picture_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw_pictures(tmp_path, 3)
+    (tmp_path / "0.txt").write_text("a <new1> cat\non a sofa\n")
+    (tmp_path / "1.txt").write_text("\n")
+    with caplog.at_level("INFO"):
+        assert captioned(tmp_path) == {
+            "0.png": "a <new1> cat on a sofa",
+            "1.png": "photo of a <new1> cat",
+            "2.png": "photo of a <new1> cat",
+        }
+    assert "1 of 3 pictures" in caplog.text
+    assert "left out" not in caplog.text, "captions are no broken pictures"
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_an_image_folders_metadata(column: str, tmp_path: Path) -> None:
+    expected = {"0.png": 'été, "<new1>" cat', "1.png": "photo of a <new1> cat", "2.png": "<new1> asleep"}
+    for ending in ("jsonl", "csv"):
+        folder = draw_pictures(tmp_path / ending, 3)
+        rows = [{"file_name": name, column: expected[name]} for name in ("0.png", "2.png")]
+        with (folder / f"metadata.{ending}").open("w", encoding="utf-8", newline="") as file:
+            if ending == "jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                writer = csv.DictWriter(file, ["file_name", column])
+                writer.writeheader()
+                writer.writerows(rows)
+        assert captioned(folder) == expected
+
+
+def test_captions_without_the_token_are_named(tmp_path: Path) -> None:
+    draw_pictures(tmp_path, 3)
+    for number, caption in enumerate(["a <new1> cat", "a cat", "a dog"]):
+        (tmp_path / f"{number}.txt").write_text(caption)
+    with pytest.raises(UsageError, match=r"the captions of 1\.png, 2\.png do not hold <new1>"):
+        captioned(tmp_path)
+    assert captioned(tmp_path, tokens=())["1.png"] == "a cat", "without tokens any caption will do"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metadata.jsonl", '{"file_name": "9.png", "text": "<new1>"}', "'9.png', which is not in the folder"),
+        ("metadata.jsonl", '{"file_name": "0.png"}', "entry 1 needs file_name and one of text, caption, prompt"),
+        ("metadata.jsonl", "{", "cannot be read"),
+        ("metadata.csv", "file,text\n0.png,x\n", "entry 1 needs file_name"),
+        ("0.txt", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_broken_captions_get_one_line(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
+    draw_pictures(tmp_path, 1)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as caught:
+        captioned(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
-from concept import load_concept
+from base_model import BaseModel
+from concept import Concept, load_concept, model_card, save_concept
+from formats import key_of_parameter
 from tests.conftest import ROOT, flags, run_script
-from tests.hub_server import Hub
+from tests.hub_server import Hub, card_errors
 
 WEIGHTS = "pytorch_custom_diffusion_weights"
 
@@ -51,7 +57,10 @@ def test_push_and_load_again(hub: Hub, base_model: Path, pictures: Path, tmp_pat
         assert content == (tmp_path / "my-cat" / name).read_bytes(), name
         assert b"hf_secret" not in content
     assert "Bearer hf_secret" in hub.tokens
-    assert ModelCard.load(tmp_path / "my-cat" / "README.md").data.base_model == "someone/tiny"
+    card = ModelCard.load(tmp_path / "my-cat" / "README.md").data
+    assert card.base_model == "someone/tiny"
+    assert card.to_dict()["widget"] == [{"text": "<new1>", "output": {"url": "image_0.png"}}]
+    assert card.instance_prompt == "photo of a <new1> cat"
 
     hub.seen.clear()
     argv = ["--prompt", "<new1>", "--model_dir", "someone/my-cat", "--num_inference_steps", "2"]
@@ -91,4 +100,90 @@ def test_a_hub_that_refuses_is_noticed_before_training(
     result = run_script("python", script, *argv, **environment(hub, tmp_path / "home"))
     assert result.returncode == 1
     assert "error: --push_to_hub: the Hub does not let us make 'out'" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def put(hub: Hub, name: str, folder: Path) -> None:
+    """A folder's files as a repository, as an earlier upload left them."""
+    hub.files[name] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Path) -> None:
+    put(hub, "someone/tiny", base_model)
+    projections = BaseModel(str(base_model)).projections(
+        key_of_parameter(name)
+        for name, _ in StableDiffusionPipeline.from_pretrained(base_model).unet.named_parameters()
+        if "attn2.to_k" in name or "attn2.to_v" in name
+    )
+    for number, (name, word) in enumerate([("cat", "cat"), ("cat@v1", "cat"), ("pot@v1", "wooden pot")], 1):
+        torch.manual_seed(number)
+        attention = {key: value + 0.02 * torch.randn_like(value) for key, value in projections.items()}
+        concept = Concept(attention, {"<new1>": torch.randn(32)}, "someone/tiny")
+        folder = tmp_path / name
+        save_concept(concept, folder, bin_too=False)
+        (folder / "README.md").write_text(model_card(concept, [f"photo of a <new1> {word}"], {}))
+        put(hub, f"someone/{name}", folder)
+
+    def run(script: str, *argv: str) -> str:
+        result = run_script("python", ROOT / script, *argv, cwd=tmp_path, **environment(hub, tmp_path / "home"))
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run("merge.py", "--model_dir", "someone/cat@v1", "someone/pot@v1", "--output_dir", "both", "--num_captions=100")
+    both = load_concept(tmp_path / "both")
+    assert both.base_model == "someone/tiny"
+    assert torch.equal(both.tokens["<new1>"], load_concept(tmp_path / "cat@v1").tokens["<new1>"])
+    assert torch.equal(both.tokens["<new2>"], load_concept(tmp_path / "pot@v1").tokens["<new1>"])
+
+    run("export.py", "--model_dir", "someone/cat@v1", "--format", "lora")
+    assert card_errors((tmp_path / "cat-lora" / "README.md").read_text()) == []
+    words = load_file(tmp_path / "cat-lora" / "<new1>.safetensors")["emb_params"]
+    assert torch.equal(words[0], load_concept(tmp_path / "cat@v1").tokens["<new1>"])
+
+    pictures = []
+    for name, folder in (("someone/cat", "out"), ("someone/cat@v1", "out1")):
+        argv = ["--model_dir", name, "--prompt", "<new1> cat", "--num_inference_steps=2", "--output_dir", folder]
+        run("infer.py", *argv)
+        pictures.append(next((tmp_path / folder).glob("0*.png")).read_bytes())
+    assert pictures[0] != pictures[1]
+
+    missing = ["--model_dir", "someone/cat@v9", "--prompt", "<new1>"]
+    result = run_script("python", ROOT / "infer.py", *missing, cwd=tmp_path, **environment(hub, tmp_path / "home"))
+    assert result.returncode == 1
+    assert "error: there is no folder 'someone/cat@v9', and the Hub does not give it either" in result.stderr
+
+
+def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
+    put(hub, "someone/tiny", base_model)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    delta = {"unet": {name: torch.randn(32, 32)}, "modifier_token": {"<new1>": torch.randn(32)}}
+    torch.save(delta, tmp_path / "delta.bin")
+    hub.files["someone/theirs"] = {"delta.bin": (tmp_path / "delta.bin").read_bytes()}
+    argv = ["--model_dir", "someone/theirs", "--pretrained_model_name_or_path", "someone/tiny", "--prompt", "<new1>"]
+    argv += ["--num_inference_steps=2"]
+    result = run_script("python", ROOT / "infer.py", *argv, cwd=tmp_path, **environment(hub, tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 1
+
+
+def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    files = {f"train/{path.name}": path.read_bytes() for path in sorted(pictures.iterdir())[:3]}
+    captions = [json.dumps({"file_name": f"{number}.png", "text": f"<new1> cat, {number}"}) for number in range(3)]
+    hub.files["someone/cats"] = files | {"train/metadata.jsonl": "\n".join(captions).encode()}
+    script, home = ROOT / "train_custom_diffusion.py", tmp_path / "home"
+    online = environment(hub, home) | {"HF_DATASETS_OFFLINE": "0"}
+    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/cats")
+    result = run_script("python", script, *argv, **online)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 pictures" in result.stderr
+    folder = home / "custom-diffusion" / "someone--cats"
+    assert [(folder / f"{number:05d}.txt").read_text() for number in range(3)] == [
+        f"<new1> cat, {number}" for number in range(3)
+    ]
+    assert [path.name for path in folder.parent.iterdir()] == ["someone--cats"], "no temporary folder stays"
+
+    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/dogs")
+    result = run_script("python", script, *argv, **online)
+    assert result.returncode == 1
+    assert "error: there is no folder 'someone/dogs' (instance_data_dir), and no such dataset" in result.stderr
     assert "Traceback" not in result.stderr

@@ -20,7 +20,7 @@ FEW = ["--num_inference_steps", "3"]
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name != "contact_sheet.png")
+    return sorted(folder.glob("0*.png"))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -164,3 +164,18 @@ def test_a_card_without_base_model_asks_for_it(trained: Path, tmp_path: Path) ->
     shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "README.md"))
     with pytest.raises(ConceptError, match="names no base model: give --pretrained_model_name_or_path"):
         infer.main(["--prompt", "<new1>", "--model_dir", str(tmp_path / "copy"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_run_is_repeated_by_the_file_beside_it(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a <new1> dog\n")
+    argv = ["--prompt", "<new1> cat", "--prompts_file", str(tmp_path / "prompts.txt"), "--seed", "7", *FEW]
+    infer.main([*argv, "--model_dir", str(trained), "--output_dir", str(tmp_path / "out")])
+    config = tmp_path / "out" / "00000_config.yaml"
+    infer.main(["--config", str(config), "--output_dir", str(tmp_path / "again")])
+    first, again = pictures_of(tmp_path / "out"), pictures_of(tmp_path / "again")
+    assert [path.name for path in first] == ["00000_new1-cat_seed7.png", "00001_a-new1-dog_seed7.png"]
+    assert [path.name for path in again] == [path.name for path in first]
+    assert all(np.array_equal(pixels(one), pixels(other)) for one, other in zip(first, again, strict=True))
+    infer.main(["--config", str(config), "--prompt", "<new1> on a hill"])
+    assert pictures_of(tmp_path / "out")[-1].name == "00002_new1-on-a-hill_seed7.png"
+    assert len(pictures_of(tmp_path / "out")) == 3, "a prompt on the command line replaces those of the file"

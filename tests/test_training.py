@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -386,7 +388,7 @@ def test_class_images_are_topped_up(base_model: Path, pictures: Path, tmp_path: 
 
 def test_wandb_gets_losses_and_pictures(base_model: Path, pictures: Path, tmp_path: Path) -> None:
     argv = flags(base_model, pictures, tmp_path / "out", report_to="wandb", max_train_steps=3)
-    launch(
+    result = launch(
         *argv,
         "--validation_prompt=<new1>",
         "--validation_steps=2",
@@ -394,6 +396,29 @@ def test_wandb_gets_losses_and_pictures(base_model: Path, pictures: Path, tmp_pa
         WANDB_DIR=str(tmp_path),
     )
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+    assert re.search(r"follow this run: wandb sync \S*offline-run-", result.stderr)
+
+
+def test_comet_gets_losses_pictures_and_no_secret(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, pictures, tmp_path / "out", report_to="comet_ml", max_train_steps=3)
+    result = launch(
+        *argv,
+        "--validation_prompt=<new1>",
+        "--validation_steps=2",
+        "--num_validation_images=1",
+        COMET_API_KEY="dummy",
+        COMET_START_ONLINE="0",
+        COMET_OFFLINE_DIRECTORY=str(tmp_path / "comet"),
+    )
+    assert "follow this run: Comet, offline" in result.stderr
+    (archive,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as file:
+        text = file.read("messages.json").decode()
+    metrics = [json.loads(line)["payload"]["metric"] for line in text.splitlines() if '"metricName"' in line]
+    assert sorted(entry["step"] for entry in metrics if entry["metricName"] == "loss") == [1, 2, 3]
+    assert [entry["metricValue"] for entry in metrics if entry["metricName"] == "lr"] == [1e-5] * 3
+    assert set(re.findall(r"(?:validation|test) 0: <new1>", text)) == {"validation 0: <new1>", "test 0: <new1>"}
+    assert "hub_token" not in text
 
 
 def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:

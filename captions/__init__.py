@@ -1,0 +1,1 @@
+"""Regularisation captions for merging."""

@@ -1,0 +1,85 @@
+"""Command lines from a file: ``--config run.yaml`` for every command, and the file that repeats a run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pictures import write_whole
+
+CONFIG_NAME = "config.yaml"
+# Secrets, what a launcher sets, and the file itself have no place in a file that is passed on.
+_NOT_SAVED = ("config", "hub_token", "local_rank")
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Add ``--config`` to a parser and parse with it: the file's flags first, so that the command line wins.
+
+    The file is a YAML mapping of flag names without dashes to values; lists for flags that take several, true and
+    false for switches. Its values go through the parser's own types and choices.
+
+    Raises:
+        SystemExit: as argparse does, also for a file that cannot be read and for names that are no flags.
+    """
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file with any of these flags; what is on the command line wins.")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        file = finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        file = None  # --config without a file: the real parser says so
+    given = list(sys.argv[1:] if argv is None else argv)
+    from_file = [] if file is None else _flags_of_file(parser, Path(file), given)
+    return parser.parse_args([*from_file, *given])
+
+
+def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--config {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        parser.error(f"--config {str(path)!r} is no valid YAML" + (f", see its line {mark.line + 1}" if mark else ""))
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        parser.error(f"--config {str(path)!r} must hold flags and their values, such as 'seed: 1'")
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    argv: list[str] = []
+    for name, value in content.items():
+        if name not in actions or name in ("config", "help"):
+            close = difflib.get_close_matches(str(name), actions, 1)
+            parser.error(f"--config {str(path)!r}: {name!r} is no flag" + (f"; {close[0]}?" if close else ""))
+        if not any(word.split("=")[0] in actions[name].option_strings for word in given):
+            argv += _as_flags(parser, actions[name], value, path)
+    return argv
+
+
+def _as_flags(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, path: Path) -> list[str]:
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"--config {str(path)!r}: {action.dest!r} is true or false, not {value!r}")
+        return [flag] if value else []
+    if action.nargs in ("+", "*"):
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(value, (list, dict)):
+        parser.error(f"--config {str(path)!r}: {action.dest!r} takes one value, not {value!r}")
+    return [f"{flag}={value}"]
+
+
+def save_config(args: argparse.Namespace, path: Path) -> None:
+    """Write every flag's value, without secrets: ``--config`` with this file repeats the run."""
+    values = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED and value is not None}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    write_whole(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,386 @@
+"""Merge separately trained concepts into one: ``python merge.py --model_dir cat-model pot-model``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from base_model import find_base_model
+from concept import (
+    CARD_NAME,
+    Concept,
+    ConceptError,
+    check_token_name,
+    class_words,
+    complete,
+    load_concept,
+    model_card,
+    new_folder,
+    save_concept,
+    write_whole,
+)
+from config import CONFIG_NAME, parse_with_config, save_config
+
+CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
+RIDGE = 1e-9  # relative to the mean square of a feature over all captions
+TOLERANCE = 1e-5  # of the constraint, relative: what float32 weights can hold and no picture can show
+
+
+# fmt: off
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Merge concepts that were trained separately into one folder for infer.py, in seconds and without "
+        "their pictures (closed form of the Custom Diffusion paper, section 3.2).",
+        usage="%(prog)s --model_dir CONCEPT CONCEPT [CONCEPT ...] [--output_dir FOLDER] [more options: --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model_dir", nargs="+", required=True,
+        help="The concepts: output folders of training runs, the authors' delta.bin, or Hub ids (owner/name or "
+        "owner/name@revision). Tokens of the same name are renamed.")
+    add("--class_words", nargs="+",
+        help="The class of each token, in the order of --model_dir, such as cat 'wooden pot'; if not given, the words "
+        "that follow the token in the instance prompt of the concept's card.")
+    add("--output_dir", default="merged-concepts", help="Where the merged concept is written; must be new or empty.")
+    add("--captions", help="Text file with one caption per line, on which the base model's answers are kept; "
+        "if not given, those that come with this project.")
+    add("--num_captions", type=int, default=500, help="How many of them are used, spread evenly over the file.")
+    add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concepts' cards name.")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="Variant of the base model's files, such as fp16.")
+    args = parse_with_config(parser, argv)
+    if len(args.model_dir) < 2:
+        parser.error("--model_dir needs at least two concepts to merge")
+    if args.num_captions < 1:
+        parser.error("--num_captions must be at least 1")
+    return args
+# fmt: on
+
+
+# --- the closed form -----------------------------------------------------------------------------
+
+
+def merging_directions(targets: Tensor, regularization: Tensor) -> Tensor:
+    """``d = C (Creg^T Creg)^-1``: along these the weights change, because there unrelated captions feel it least.
+
+    Args:
+        targets: C, (s, width), text features of the concepts' words.
+        regularization: Creg, (n, width), text features of unrelated captions; n must exceed the width.
+
+    Returns:
+        (s, width), float64.
+
+    Raises:
+        ConceptError: for too few captions.
+    """
+    targets, regularization = targets.double(), regularization.double()
+    count, width = regularization.shape
+    if count < width:
+        raise ConceptError(
+            f"the captions have {count} words, too few for text features of width {width}: "
+            "give more with --captions and --num_captions"
+        )
+    gram = regularization.T @ regularization
+    # The features are float32: a direction that only their rounding has would otherwise count as one that no caption
+    # uses, and take all of the change (a text encoder whose last layer norm has no bias has such a direction).
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.cholesky_solve(targets.T, torch.linalg.cholesky(gram)).T
+
+
+def merge_weights(base: Tensor, targets: Tensor, values: Tensor, directions: Tensor) -> Tensor:
+    """The weights that map targets to values and change the answers to unrelated captions least.
+
+    Minimises ``||W Creg^T - W0 Creg^T||_F`` subject to ``W C^T = V`` (paper, section 3.2 and appendix):
+    ``W = W0 + (V^T - W0 C^T) (d C^T)^-1 d``.
+
+    Args:
+        base: W0, (out, width).
+        targets: C, (s, width).
+        values: V, (s, out), what each concept's own weights make of its features.
+        directions: d, (s, width), of :func:`merging_directions`.
+
+    Returns:
+        W, (out, width), in float64 like the computation; inputs may have any floating type.
+
+    Raises:
+        ConceptError: where targets are the same, and so cannot be told apart.
+    """
+    base, targets, values, directions = (x.double() for x in (base, targets, values, directions))
+    # d C^T is symmetric, so one solve from the left does.
+    change, failed = torch.linalg.solve_ex(directions @ targets.T, values - targets @ base.T)
+    if failed or not torch.isfinite(change).all():
+        raise ConceptError("two of the concepts are the same, or their words are: give other --class_words")
+    return base + change.T @ directions
+
+
+def constraint_error(weights: Tensor, targets: Tensor, values: Tensor) -> float:
+    """``||W C^T - V|| / ||V||`` in the Frobenius norm; shapes as in :func:`merge_weights`."""
+    reached = targets.double() @ weights.double().T
+    return ((reached - values).norm() / values.norm().clamp(min=1e-300)).item()
+
+
+# --- text features -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def text_features(
+    prompts: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel, leave_out: str = ""
+) -> Tensor:
+    """Features of every token of the prompts up to the first end-of-text, without the start token.
+
+    Args:
+        prompts: texts; longer ones than the encoder's 77 tokens are cut.
+        tokenizer, encoder: of the base model, with the modifier tokens in them.
+        leave_out: words at the start of every prompt whose features are not wanted.
+
+    Returns:
+        (number of tokens of all prompts, width), float32.
+    """
+    skip = 1 + len(tokenizer(leave_out, add_special_tokens=False).input_ids)
+    ids = [tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids for prompt in prompts]
+    features: list[Tensor] = []
+    # The encoder is causal: what is behind a token does not change it, so no padding is needed, only equal lengths.
+    for length in sorted(set(map(len, ids))):
+        rows = torch.tensor([row for row in ids if len(row) == length])
+        features += [encoder(part)[0][:, skip:].flatten(0, 1) for part in rows.split(64)]
+    return torch.cat(features)
+
+
+def read_captions(path: Path, count: int) -> list[str]:
+    """At most ``count`` captions, spread evenly over the file.
+
+    Raises:
+        ConceptError: for a file that cannot be read or is empty.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConceptError(f"--captions {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+    captions = list(dict.fromkeys(line for line in lines if line))
+    if not captions:
+        raise ConceptError(f"--captions {str(path)!r} has no captions")
+    return [captions[number * len(captions) // count] for number in range(min(count, len(captions)))]
+
+
+# --- the concepts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the concepts to merge, with tokens that no other has.
+
+    Attributes:
+        concept: under its tokens' new names.
+        words: token to class words, such as ``wooden pot``.
+    """
+
+    concept: Concept
+    words: dict[str, str]
+
+    def phrases(self) -> list[str]:
+        """The concept's words as they stand in prompts, ``<new1> cat``."""
+        return [f"{token} {self.words[token]}".strip() for token in self.concept.tokens]
+
+
+def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None) -> list[Part]:
+    """Give every token its class words, and a name of its own; says what was renamed.
+
+    Raises:
+        ConceptError: where class words are missing or too many, or a concept cannot be merged.
+    """
+    for concept in concepts:
+        check_mergeable(concept, concepts[0])
+    count = sum(len(concept.tokens) for concept in concepts)
+    if given_words is not None and len(given_words) != count:
+        raise ConceptError(f"--class_words has {len(given_words)} entries for {count} tokens: give one for each")
+    taken = {token for concept in concepts for token in concept.tokens}
+    used: set[str] = set()
+    remaining = iter(given_words or ())
+    parts = []
+    for concept in concepts:
+        known = class_words(concept)
+        tokens, words, names = {}, {}, {}
+        for token, vector in concept.tokens.items():
+            if given_words is None and token not in known:
+                raise ConceptError(
+                    f"the card of {concept.source!r} does not say what {token!r} is: "
+                    "give a class for every token, such as --class_words cat 'wooden pot'"
+                )
+            name = names[token] = free_name(token, taken) if token in used else token
+            taken.add(name)
+            used.add(name)
+            tokens[name], words[name] = vector, next(remaining) if given_words is not None else known[token]
+            if name != token:
+                print(f"{token} of {concept.source} is now {name}, because another concept has {token} too")
+        prompt = None if concept.instance_prompt is None else _rename(concept.instance_prompt, names)
+        parts.append(Part(replace(concept, tokens=tokens, instance_prompt=prompt), words))
+    return parts
+
+
+def check_mergeable(concept: Concept, first: Concept) -> None:
+    """Refuse what the closed form has no answer for.
+
+    Raises:
+        ConceptError: for a concept without tokens or keys and values, or with other layers than the first one.
+    """
+    keys, others = ({*c.attention, *c.differences} for c in (concept, first))
+    if any("to_q_custom" in key or "to_out_custom" in key for key in keys):
+        raise ConceptError(
+            f"{concept.source!r} also trained queries and outputs (--freeze_model crossattn): only keys and values "
+            "see nothing but text, so only they can be merged; train the concepts together with --concepts_list"
+        )
+    if not keys or not concept.tokens:
+        raise ConceptError(f"{concept.source!r} has no {'tokens' if keys else 'attention weights'} to merge")
+    if keys != others:
+        raise ConceptError(f"{first.source!r} and {concept.source!r} have different layers: other base models")
+
+
+def free_name(token: str, taken: set[str]) -> str:
+    """The first of ``<new2>``, ``<new3>``, ... that is not taken, for ``<new1>``; ``<cat2>`` for ``<cat>``."""
+    match = re.fullmatch(r"(.*?)(\d*)(>?)", token)
+    assert match is not None
+    number = int(match[2] or 1)
+    while token in taken:
+        number += 1
+        token = f"{match[1]}{number}{match[3]}"
+    check_token_name(token)
+    return token
+
+
+def _rename(text: str, names: Mapping[str, str]) -> str:
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(pattern, lambda match: names[match[0]], text)
+
+
+@torch.no_grad()
+def add_tokens(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+    """Put the tokens of all parts into tokenizer and text encoder.
+
+    Raises:
+        ConceptError: for a token that the vocabulary has already, or of another width.
+    """
+    tokens = {token: (vector, part.concept) for part in parts for token, vector in part.concept.tokens.items()}
+    vocabulary, width = tokenizer.get_vocab(), encoder.get_input_embeddings().embedding_dim
+    for token, (vector, concept) in tokens.items():
+        if token in vocabulary:
+            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the tokenizer's vocabulary already")
+        if vector.shape != (width,):
+            raise ConceptError(
+                f"{token!r} of {concept.source!r} has shape {tuple(vector.shape)}, the base model's text encoder "
+                f"wants {(width,)}: give the base model that it was trained on"
+            )
+    tokenizer.add_tokens(list(tokens))
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = encoder.get_input_embeddings().weight
+    for token, (vector, _) in tokens.items():
+        table[tokenizer.convert_tokens_to_ids(token)] = vector.to(table.dtype)
+
+
+def target_features(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> list[Tensor]:
+    """Per part the features of its words, alone and behind "photo of a", each (tokens, width)."""
+    features = []
+    for part in parts:
+        phrases = part.phrases()
+        alone = text_features(phrases, tokenizer, encoder)
+        lead = "photo of a"
+        in_prompt = text_features([f"{lead} {phrase}" for phrase in phrases], tokenizer, encoder, lead)
+        features.append(torch.cat([alone, in_prompt]))
+    return features
+
+
+def merge_concepts(
+    parts: Sequence[Part], base: Mapping[str, Tensor], targets: Sequence[Tensor], regularization: Tensor
+) -> tuple[Concept, float]:
+    """Merge layer by layer.
+
+    Args:
+        parts: at least two.
+        base: the base model's projections, keyed like :attr:`concept.Concept.attention`.
+        targets: as :func:`target_features` gives them.
+        regularization: features of unrelated captions, (n, width).
+
+    Returns:
+        The merged concept and its worst relative constraint error.
+
+    Raises:
+        ConceptError: as the two functions above; where a concept does not fit the base model; where the constraint is
+            missed by more than 1e-5.
+    """
+    wholes = [complete(part.concept, base).attention for part in parts]
+    attention, worst = {}, 0.0
+    together = torch.cat(list(targets))
+    directions = merging_directions(together, regularization)
+    for key, weight in base.items():
+        for part, whole in zip(parts, wholes, strict=True):
+            if whole[key].shape != weight.shape:
+                raise ConceptError(
+                    f"{part.concept.source!r} has {key!r} of shape {tuple(whole[key].shape)}, the base model has "
+                    f"{tuple(weight.shape)}: give the base model that it was trained on"
+                )
+        values = torch.cat([c.double() @ whole[key].double().T for c, whole in zip(targets, wholes, strict=True)])
+        attention[key] = merge_weights(weight, together, values, directions).float()
+        worst = max(worst, constraint_error(attention[key], together, values))
+    if not worst <= TOLERANCE:
+        raise ConceptError(
+            f"the merged weights miss the concepts by {worst:.1e} of their size, more than {TOLERANCE}: the concepts' "
+            "words are too much alike; give other --class_words"
+        )
+    tokens = {token: vector for part in parts for token, vector in part.concept.tokens.items()}
+    return Concept(attention, tokens), worst
+
+
+def render_card(merged: Concept, parts: Sequence[Part], args: argparse.Namespace, error: float) -> bytes:
+    """The model card of the merged concept."""
+    prompts = [f"photo of a {phrase}" for part in parts for phrase in part.phrases()]
+    together = " and a ".join(phrase for part in parts for phrase in part.phrases())
+    settings = {
+        "concepts": ", ".join(Path(part.concept.source).name for part in parts),
+        "captions": args.num_captions,
+        "relative error of the constraint": f"{error:.1e}",
+    }
+    return model_card(merged, prompts, settings, f"a {together}", origin="merged").encode()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, merge, write, and say what to type next."""
+    args = parse_args(argv)
+    started = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    concepts = [load_concept(source) for source in args.model_dir]
+    parts = prepare_parts(concepts, args.class_words)
+    captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
+    model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
+    folder = new_folder(args.output_dir)
+    base = model.projections([*concepts[0].attention, *concepts[0].differences])
+    tokenizer, encoder = model.text_models()
+    add_tokens(parts, tokenizer, encoder)
+    targets = target_features(parts, tokenizer, encoder)
+    merged, error = merge_concepts(parts, base, targets, text_features(captions, tokenizer, encoder))
+    merged = replace(merged, base_model=model.name)
+    save_concept(merged, folder)
+    write_whole(folder / CARD_NAME, lambda file: file.write(render_card(merged, parts, args, error)))
+    save_config(args, folder / CONFIG_NAME)
+    phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
+    print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; "
+          f"the concepts' words keep their meaning to {error:.0e}")  # fmt: skip
+    print(f'See them together:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConceptError as error:
+        sys.exit(f"error: {error}")

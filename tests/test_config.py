@@ -1,0 +1,85 @@
+"""--config: the same flags from a file, checked like the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_custom_diffusion
+from concept import load_concept
+from config import save_config
+from tests.conftest import flags
+
+NEEDED = {
+    "pretrained_model_name_or_path": "some/model",
+    "instance_data_dir": "./cat",
+    "instance_prompt": "photo of a <new1> cat",
+}
+
+
+def parse(tmp_path: Path, content: object, *argv: str) -> object:
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    (tmp_path / "run.yaml").write_text(text)
+    return train_custom_diffusion.parse_args(["--config", str(tmp_path / "run.yaml"), *argv])
+
+
+def test_the_file_stands_for_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    args = parse(tmp_path, NEEDED | {"hflip": True, "noaug": False, "learning_rate": 5e-6, "seed": 3}, "--seed=4")
+    assert args.pretrained_model_name_or_path == "some/model", "required flags may be in the file"
+    assert (args.hflip, args.noaug, args.learning_rate, args.seed) == (True, False, 5e-6, 4)
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    # YAML takes 1e-5 for text; the flag's own type does not.
+    text = "".join(f"{name}: {value}\n" for name, value in NEEDED.items()) + "learning_rate: 1e-5\nmax_train_steps:\n"
+    args = parse(tmp_path, text)
+    assert (args.learning_rate, args.max_train_steps) == (1e-5, None)
+
+
+def test_what_is_saved_is_what_was_used_without_secrets(tmp_path: Path) -> None:
+    argv = [*flags(tmp_path, tmp_path, tmp_path, hflip=True, mixed_precision="bf16"), "--hub_token=hf_secret"]
+    args = train_custom_diffusion.parse_args(argv)
+    save_config(args, tmp_path / "config.yaml")
+    assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
+    again = train_custom_diffusion.parse_args(["--config", str(tmp_path / "config.yaml")])
+    different = {name for name, value in vars(args).items() if getattr(again, name) != value}
+    assert different == {"hub_token", "config"}
+
+
+@pytest.mark.usefixtures("train_here")
+def test_a_training_run_is_repeated_by_its_file(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    train_custom_diffusion.main(flags(base_model, pictures, tmp_path / "one", learning_rate=1e-2, seed=9))
+    argv = ["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    train_custom_diffusion.main(argv)
+    one, two = load_concept(tmp_path / "one"), load_concept(tmp_path / "two")
+    assert all(value.equal(two.attention[key]) for key, value in one.attention.items())
+    assert one.tokens["<new1>"].equal(two.tokens["<new1>"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (NEEDED | {"learning_rat": 1}, "'learning_rat' is no flag; learning_rate?"),
+        (NEEDED | {"seed": "many"}, "--seed: invalid int value: 'many'"),
+        (NEEDED | {"freeze_model": "all"}, "--freeze_model: invalid choice: 'all'"),
+        (NEEDED | {"seed": [1, 2]}, "'seed' takes one value"),
+        (NEEDED | {"hflip": "perhaps"}, "'perhaps' is neither True nor False"),
+        ("- a list", "must hold flags and their values"),
+        ("a: [1", "is no valid YAML, see its line"),
+    ],
+)
+def test_a_mistake_in_the_file_gets_one_line(
+    content: object, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(tmp_path, content)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_custom_diffusion.parse_args(["--config", "nowhere.yaml"])
+    assert "--config 'nowhere.yaml' cannot be read" in capsys.readouterr().err

@@ -1,0 +1,325 @@
+"""export.py: other programs' files make the pictures that our own make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import export
+import infer
+import train_custom_diffusion
+from base_model import BaseModel
+from concept import Concept, ConceptError, apply_concepts, load_concept, save_concept
+from tests.conftest import flags
+from tests.test_concept import load, picture
+
+
+@pytest.fixture(scope="module")
+def cat(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cat")
+    train_custom_diffusion.main(flags(base_model, pictures, folder, learning_rate=1e-2, max_train_steps=4))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def face(base_model_v: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Queries and outputs too, on the other model."""
+    folder = tmp_path_factory.mktemp("face")
+    train_custom_diffusion.main(flags(base_model_v, pictures, folder, freeze_model="crossattn", learning_rate=1e-2))
+    return folder
+
+
+def ours(base: Path, concept: Concept) -> np.ndarray:
+    pipeline = load(base)
+    apply_concepts(pipeline, concept)
+    return picture(pipeline)
+
+
+def with_lora(base: Path, folder: Path) -> StableDiffusionPipeline:
+    pipeline = load(base)
+    pipeline.load_lora_weights(folder, weight_name=f"{folder.name}.safetensors")
+    pipeline.load_textual_inversion(folder, weight_name="<new1>.safetensors", token="<new1>")
+    return pipeline
+
+
+def run(*argv: object) -> None:
+    export.main([str(word) for word in argv])
+
+
+# --- LoRA ----------------------------------------------------------------------------------------
+
+
+def test_at_full_rank_diffusers_makes_our_picture(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    run("--model_dir", cat, "--format", "lora", "--energy", "1", "--dtype", "fp32", "--output_dir", tmp_path / "full")
+    expected = ours(base_model, load_concept(cat))
+    difference = np.abs(picture(with_lora(base_model, tmp_path / "full")) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
+    words_only = load(base_model)
+    words_only.load_textual_inversion(tmp_path / "full", weight_name="<new1>.safetensors", token="<new1>")
+    assert np.abs(picture(words_only) - expected).mean() > 1, "the attention makes a difference"
+
+
+@pytest.mark.parametrize(("concept", "base"), [("cat", "base_model"), ("face", "base_model_v")])
+def test_names_and_values_are_those_of_kohya(
+    concept: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, model = request.getfixturevalue(concept), request.getfixturevalue(base)
+    run("--model_dir", folder, "--format=lora", "--energy=1", "--dtype=fp32", "--output_dir", tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "lora.safetensors")
+    # kohya-ss' loader: "lora_unet_" and the module's name in the UNet, dots as underscores; scale is alpha / rank.
+    modules = {f"lora_unet_{name}".replace(".", "_"): module for name, module in load(model).unet.named_modules()}
+    learned = load(model)
+    apply_concepts(learned, load_concept(folder))
+    after = {f"lora_unet_{name}".replace(".", "_"): module for name, module in learned.unet.named_modules()}
+    names = {key.split(".")[0] for key in tensors}
+    assert len(tensors) == 3 * len(names)
+    assert len(names) == len([name for name in modules if name.endswith(("attn2_to_k", "attn2_to_v"))]) * (
+        2 if concept == "face" else 1
+    )
+    for name in names:
+        down, up, alpha = (tensors[f"{name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+        change = up @ down * (alpha / len(down))
+        assert torch.allclose(change, after[name].weight - modules[name].weight, atol=1e-6)
+
+
+def test_less_energy_is_smaller_and_errs_as_it_says(
+    cat: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = BaseModel(str(base_model)).projections(load_concept(cat).attention)
+    sizes, errors = [], []
+    for energy in (0.3, 0.6, 0.9):
+        folder = tmp_path / f"e{energy}"
+        run("--model_dir", cat, "--format", "lora", "--energy", energy, "--dtype", "fp32", "--output_dir", folder)
+        said = capsys.readouterr().out.split("relative error of the change ")[1].split("%")[0]
+        pipeline = load(base_model)
+        pipeline.load_lora_weights(folder, weight_name=f"{folder.name}.safetensors")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        from_lora = dict(pipeline.unet.named_parameters())
+        lost = whole = 0.0
+        for key, weight in load_concept(cat).attention.items():
+            name = export.formats.parameter_name(key)
+            lost += (from_lora[name] - weight).square().sum().item()
+            whole += (weight - base[key]).square().sum().item()
+        errors.append((lost / whole) ** 0.5)
+        assert 100 * errors[-1] == pytest.approx(float(said), abs=0.06)
+        sizes.append((folder / f"{folder.name}.safetensors").stat().st_size)
+    assert sizes == sorted(sizes)
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+
+    run("--model_dir", cat, "--table")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [row[0] for row in rows] == ["| 5%", "| 10%", "| 20%", "| 40%", "| 60%", "| 80%", "| 90%", "| 100%"]
+    assert float(rows[4][-1].rstrip(" |%")) == pytest.approx(100 * errors[1], abs=0.06)
+    assert rows[-1][-1] == "0.0% |"
+
+
+def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    concept = load_concept(cat)
+    decompositions = export.decompose(concept, BaseModel(str(base_model)).projections(concept.attention))
+    run("--model_dir", cat, "--format", "lora", "--output_dir", tmp_path / "default")
+    tensors = load_file(tmp_path / "default" / "default.safetensors")
+    for key, value in tensors.items():
+        if key.endswith("lora_down.weight"):
+            assert value.dtype == torch.float16
+            match = next(
+                d for k, d in decompositions.items()
+                if export.formats.parameter_name(k).removesuffix(".weight").replace(".", "_") in key
+            )  # fmt: skip
+            share = match.s[: len(value)].sum() / match.s.sum()
+            assert share >= 0.6 > match.s[: len(value) - 1].sum() / match.s.sum()
+    run("--model_dir", cat, "--format", "lora", "--rank", "3", "--output_dir", tmp_path / "three")
+    tensors = load_file(tmp_path / "three" / "three.safetensors")
+    assert {len(value) for key, value in tensors.items() if "lora_down" in key} == {3}
+    with safetensors.safe_open(tmp_path / "three" / "three.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == "3"
+    assert np.abs(picture(with_lora(base_model, tmp_path / "three")) - ours(base_model, concept)).mean() > 0
+
+
+def test_the_word_is_in_the_form_that_all_programs_read(cat: Path, tmp_path: Path) -> None:
+    run("--model_dir", cat, "--format", "lora", "--output_dir", tmp_path / "lora")
+    content = load_file(tmp_path / "lora" / "<new1>.safetensors")
+    # One tensor only (AUTOMATIC1111 refuses more), of two dimensions (ComfyUI and kohya-ss take it as it is).
+    assert list(content) == ["emb_params"]
+    assert torch.equal(content["emb_params"], load_concept(cat).tokens["<new1>"].unsqueeze(0))
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert "lora" in card.data.tags
+    assert "photo of a embedding:<new1> cat" in card.text
+    assert "photo of a <new1> cat <lora:lora:1>" in card.text
+
+
+def test_what_a_lora_cannot_hold_is_said(face: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--model_dir", face, "--format", "lora", "--output_dir", tmp_path / "lora")
+    warning = capsys.readouterr().err
+    assert "trained biases of 4 output projections are left out" in warning
+    assert "--format pipeline or delta" in warning
+
+
+# --- pipeline ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("concept", "base"), [("cat", "base_model"), ("face", "base_model_v")])
+def test_the_pipeline_folder_needs_nothing_else(
+    concept: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, model = request.getfixturevalue(concept), request.getfixturevalue(base)
+    run("--model_dir", folder, "--format", "pipeline", "--output_dir", tmp_path / "whole")
+    assert np.array_equal(picture(load(tmp_path / "whole")), ours(model, load_concept(folder)))
+    assert not list(tmp_path.glob(".*")), "no temporary folder stays"
+
+
+# --- delta ---------------------------------------------------------------------------------------
+
+
+def authors_load(pipeline: StableDiffusionPipeline, path: Path, compress: bool = False) -> None:
+    """What the authors' pipeline does with a delta.bin: tokens behind the vocabulary, then every attn2 parameter."""
+    content = torch.load(path)
+    for token, vector in content["modifier_token"].items():
+        assert pipeline.tokenizer.add_tokens(token) == 1
+        pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+        table = pipeline.text_encoder.get_input_embeddings().weight.data
+        table[pipeline.tokenizer.convert_tokens_to_ids(token)] = vector
+    found = 0
+    for name, parameter in pipeline.unet.named_parameters():
+        if "attn2" in name and compress and ("to_k" in name or "to_v" in name):
+            parameter.data += content["unet"][name]["u"] @ content["unet"][name]["v"]
+            found += 1
+        elif "attn2" in name and name in content["unet"]:
+            parameter.data.copy_(content["unet"][name])
+            found += 1
+    assert found == len(content["unet"])
+
+
+@pytest.mark.parametrize(("concept", "base"), [("cat", "base_model"), ("face", "base_model_v")])
+def test_the_authors_code_makes_our_picture(
+    concept: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, model = request.getfixturevalue(concept), request.getfixturevalue(base)
+    run("--model_dir", folder, "--format", "delta", "--output_dir", tmp_path / "delta")
+    pipeline = load(model)
+    authors_load(pipeline, tmp_path / "delta" / "delta.bin")
+    assert np.array_equal(picture(pipeline), ours(model, load_concept(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_delta_to_ours_to_delta_is_bit_equal(dtype: torch.dtype, cat: Path, tmp_path: Path) -> None:
+    concept = load_concept(cat)
+    # As the authors' code saves it: parameters of the UNet, tokens as views into the whole embedding table.
+    table = torch.randn(5, 32, dtype=dtype)
+    unet = {export.formats.parameter_name(key): value.to(dtype) for key, value in concept.attention.items()}
+    theirs = {"unet": unet, "modifier_token": {"<new1>": table[3], "<new2>": table[4]}}
+    torch.save(theirs, tmp_path / "delta.bin")
+    for number, (safetensors_too, bin_too) in enumerate([(True, False), (False, True)]):
+        own, back = tmp_path / f"own{number}", tmp_path / f"back{number}"
+        save_concept(load_concept(tmp_path), own, safetensors_too, bin_too)
+        run("--model_dir", own, "--format", "delta", "--output_dir", back)
+        again = torch.load(back / "delta.bin", weights_only=True)
+        for part in ("unet", "modifier_token"):
+            assert again[part].keys() == theirs[part].keys()
+            for name, value in theirs[part].items():
+                assert again[part][name].dtype == dtype
+                assert torch.equal(again[part][name], value)
+
+
+def test_infer_reads_a_delta_folder_and_file(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    run("--model_dir", cat, "--format", "delta", "--output_dir", tmp_path / "delta")
+    common = ["--prompt", "<new1> cat", "--num_inference_steps", "3"]
+    own = ["--pretrained_model_name_or_path", str(base_model)]
+    infer.main([*common, "--model_dir", str(cat), "--output_dir", str(tmp_path / "a")])
+    infer.main([*common, *own, "--model_dir", str(tmp_path / "delta"), "--output_dir", str(tmp_path / "b")])
+    file = tmp_path / "delta" / "delta.bin"
+    infer.main([*common, *own, "--model_dir", str(file), "--output_dir", str(tmp_path / "c")])
+    pixels = [infer.Image.open(next((tmp_path / name).glob("0*.png"))).tobytes() for name in "abc"]
+    assert pixels[0] == pixels[1] == pixels[2]
+
+
+def test_the_compressed_form_both_ways(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    base_flags = ["--pretrained_model_name_or_path", base_model]
+    run("--model_dir", cat, "--format", "delta", "--energy", "1", "--output_dir", tmp_path / "all")
+    read = load_concept(tmp_path / "all")
+    assert read.differences
+    assert not read.attention
+    assert np.abs(ours(base_model, read) - ours(base_model, load_concept(cat))).max() <= 1
+    pipeline = load(base_model)
+    authors_load(pipeline, tmp_path / "all" / "compressed_delta.bin", compress=True)
+    assert np.abs(picture(pipeline) - ours(base_model, load_concept(cat))).max() <= 1
+    # A compressed one goes on to every format.
+    run("--model_dir", tmp_path / "all", "--format", "delta", *base_flags, "--output_dir", tmp_path / "back")
+    for key, value in load_concept(tmp_path / "back").attention.items():
+        assert torch.allclose(value, load_concept(cat).attention[key], atol=1e-6)
+    run("--model_dir", tmp_path / "all", "--format", "pipeline", *base_flags, "--output_dir", tmp_path / "whole")
+    assert np.abs(picture(load(tmp_path / "whole")) - ours(base_model, load_concept(cat))).max() <= 1
+    with pytest.raises(ConceptError, match="is compressed"):
+        save_concept(read, tmp_path / "x")
+
+
+def test_the_authors_first_format_is_read(tmp_path: Path) -> None:
+    names = {
+        "input_blocks.1.1": "down_blocks.0.attentions.0",
+        "input_blocks.8.1": "down_blocks.2.attentions.1",
+        "middle_block.1": "mid_block.attentions.0",
+        "output_blocks.3.1": "up_blocks.1.attentions.0",
+        "output_blocks.11.1": "up_blocks.3.attentions.2",
+    }
+    rest = "transformer_blocks.0.attn2"
+    state = {f"model.diffusion_model.{name}.{rest}.to_k.weight": torch.randn(4, 3) for name in names}
+    torch.save({"state_dict": state | {"embed": torch.randn(2, 3)}}, tmp_path / "delta.ckpt")
+    concept = load_concept(tmp_path / "delta.ckpt")
+    assert list(concept.tokens) == ["<new1>", "<new2>"]
+    for theirs, name in names.items():
+        key = f"{name}.{rest}.processor.to_k_custom_diffusion.weight"
+        assert torch.equal(concept.attention[key], state[f"model.diffusion_model.{theirs}.{rest}.to_k.weight"])
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"unet": {}, "modifier_token": {"<new1>": [torch.ones(3), torch.ones(4)]}}, "Stable Diffusion XL"),
+        ({"unet": {}, "modifier_token": {}, "text_encoder": {}}, "a whole text encoder"),
+        ({"unet": {"conv_in.weight": torch.ones(2)}}, "'conv_in.weight' is no cross-attention projection"),
+        ({"unet": {}, "modifier_token": {"../x": torch.ones(3)}}, "would be a path"),
+        ({"unet": {"a.attn2.to_k.weight": {"u": torch.ones(3, 2), "v": torch.ones(1, 3)}}}, "do not fit each other"),
+        ({"x": torch.ones(2)}, "holds no 'unet' table"),
+        ({"unet": {"a.attn2.to_k.weight": torch.full((2, 2), float("nan"))}}, "not finite"),
+        ({"unet": {}, "modifier_token": {"<new1>": export.Decomposition}}, "could run code when read"),
+    ],
+)  # fmt: skip
+def test_a_bad_delta_gets_one_line(content: dict, words: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "delta.bin")
+    with pytest.raises(ConceptError) as caught:
+        load_concept(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "give --format lora, pipeline or delta"),
+        (["--format", "lora", "--table"], "or else --table"),
+        (["--format", "lora", "--energy", "1.5"], "--energy 1.5"),
+        (["--format", "lora", "--energy", "0.5", "--rank", "2"], "not both"),
+        (["--format", "pipeline", "--rank", "2"], "whole weights"),
+    ],
+)
+def test_a_wrong_argument(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export.main(argv)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_another_base_model_is_refused(cat: Path, base_model_v: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConceptError, match="give the base model that it was trained on"):
+        run("--model_dir", cat, "--table", "--pretrained_model_name_or_path", base_model_v)

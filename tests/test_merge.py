@@ -1,0 +1,200 @@
+"""merge.py: the paper's closed form, held to what it promises, and the folder that comes out of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import infer
+import merge
+import train_custom_diffusion
+from base_model import BaseModel
+from captions import make_captions
+from concept import Concept, ConceptError, load_concept, save_concept
+from merge import CAPTIONS, merge_weights, merging_directions, read_captions, text_features
+from tests.conftest import flags
+
+
+def learn(base_model: Path, pictures: Path, folder: Path, what: str, seed: int) -> Path:
+    prompt = f"photo of a <new1> {what}"
+    train_custom_diffusion.main(
+        flags(base_model, pictures, folder, instance_prompt=prompt, learning_rate=1e-2, seed=seed, max_train_steps=6)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cat(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return learn(base_model, pictures, tmp_path_factory.mktemp("cat"), "cat", 1)
+
+
+@pytest.fixture(scope="module")
+def pot(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second concept whose token has the name of the first one's."""
+    return learn(base_model, pictures, tmp_path_factory.mktemp("pot"), "wooden pot", 2)
+
+
+@pytest.fixture(scope="module")
+def merged(cat: Path, pot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "both"
+    merge.main(["--model_dir", str(cat), str(pot), "--output_dir", str(folder)])
+    return folder
+
+
+def models_with_tokens(base_model: Path, tokens: dict[str, torch.Tensor]) -> tuple:
+    tokenizer, encoder = BaseModel(str(base_model)).text_models()
+    tokenizer.add_tokens(list(tokens))
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for token, vector in tokens.items():
+        encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(token)] = vector
+    return tokenizer, encoder
+
+
+def relative(change: torch.Tensor, reference: torch.Tensor) -> float:
+    return (change.norm() / reference.norm()).item()
+
+
+# --- the closed form -----------------------------------------------------------------------------
+
+
+def test_the_closed_form_is_the_constrained_minimum() -> None:
+    # Against the textbook's solution of the same problem by Lagrange multipliers (KKT system), row by row.
+    generator = torch.Generator().manual_seed(0)
+    base, targets, values, captions = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(5, 8), (3, 8), (3, 5), (40, 8)]
+    )
+    weights = merge_weights(base, targets, values, merging_directions(targets, captions))
+    gram = captions.T @ captions
+    system = torch.cat([torch.cat([gram, targets.T], 1), torch.cat([targets, torch.zeros(3, 3)], 1)])
+    expected = torch.linalg.solve(system, torch.cat([gram @ base.T, values]))[:8].T
+    assert torch.allclose(weights, expected, rtol=1e-6)
+
+
+def test_equal_words_that_want_different_things_are_refused() -> None:
+    targets, captions = torch.ones(2, 4), torch.randn(20, 4)
+    with pytest.raises(ConceptError, match="give other --class_words"):
+        merge_weights(torch.eye(4), targets, torch.randn(2, 4), merging_directions(targets, captions))
+    with pytest.raises(ConceptError, match="3 words, too few"):
+        merging_directions(targets, captions[:3])
+
+
+# --- what the merged folder does -----------------------------------------------------------------
+
+
+def test_the_concepts_words_keep_their_keys_and_values(cat: Path, pot: Path, merged: Path, base_model: Path) -> None:
+    both, first, second = load_concept(merged), load_concept(cat), load_concept(pot)
+    assert list(both.tokens) == ["<new1>", "<new2>"]
+    assert torch.equal(both.tokens["<new1>"], first.tokens["<new1>"])
+    assert torch.equal(both.tokens["<new2>"], second.tokens["<new1>"]), "the second was renamed"
+    models = models_with_tokens(base_model, both.tokens)
+    base = BaseModel(str(base_model)).projections(both.attention)
+    for concept, words in ((first, "<new1> cat"), (second, "<new2> wooden pot")):
+        # As infer.py sees it, with start token and padding around the words whose features count.
+        in_prompt = text_features([f"photo of a {words}"], *models, "photo of a")
+        alone = text_features([words], *models)
+        ids = models[0](f"photo of a {words}", padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            padded = models[1](ids)[0][0]
+        assert torch.allclose(padded[4 : 4 + len(in_prompt)], in_prompt, atol=1e-5)
+        for features in (in_prompt, alone):
+            for key, weight in both.attention.items():
+                wanted = features @ concept.attention[key].T
+                assert relative(features @ weight.T - wanted, wanted) < 1e-5, key
+                assert relative(features @ base[key].T - wanted, wanted) > 1e-2, "the concept had learned something"
+
+
+def test_unrelated_captions_move_less_than_in_either_parent(
+    cat: Path, pot: Path, merged: Path, base_model: Path
+) -> None:
+    both, parents = load_concept(merged), (load_concept(cat), load_concept(pot))
+    used = set(read_captions(CAPTIONS, 500))
+    unseen = [caption for caption in read_captions(CAPTIONS, 10_000) if caption not in used][:200]
+    features = text_features(unseen, *models_with_tokens(base_model, both.tokens))
+    for key, weight in BaseModel(str(base_model)).projections(both.attention).items():
+        answers = features @ weight.T
+        moved = relative(features @ both.attention[key].T - answers, answers)
+        for parent in parents:
+            assert moved < relative(features @ parent.attention[key].T - answers, answers), key
+
+
+def test_infer_reads_it_and_the_card_says_what_it_is(merged: Path, base_model: Path, tmp_path: Path) -> None:
+    data = ModelCard.load(merged / "README.md").data.to_dict()
+    assert data["base_model"] == str(base_model)
+    assert data["instance_prompt"] == "photo of a <new1> cat, photo of a <new2> wooden pot"
+    argv = ["--model_dir", str(merged), "--prompt", "<new1> cat in a <new2> wooden pot", "--num_inference_steps", "2"]
+    infer.main([*argv, "--output_dir", str(tmp_path)])
+    assert len(list(tmp_path.glob("0*.png"))) == 1
+
+
+def test_merging_again_and_by_the_saved_file(
+    merged: Path, pot: Path, base_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A merged concept is a concept; the third <new1> becomes <new3>, and its words are known from the card.
+    dog = learn(base_model, pictures, tmp_path / "dog", "dog", 3)
+    merge.main(["--model_dir", str(merged), str(dog), "--output_dir", str(tmp_path / "three"), "--num_captions=300"])
+    assert f"<new1> of {dog} is now <new3>" in capsys.readouterr().out
+    assert "two of the concepts are the same" in refused("--model_dir", merged, pot, "--output_dir", tmp_path / "x")
+    assert list(load_concept(tmp_path / "three").tokens) == ["<new1>", "<new2>", "<new3>"]
+    merge.main(["--config", str(tmp_path / "three" / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    one, other = load_concept(tmp_path / "three"), load_concept(tmp_path / "again")
+    assert all(torch.equal(one.attention[key], other.attention[key]) for key in one.attention)
+
+
+@pytest.mark.parametrize(
+    ("token", "taken", "name"),
+    [("<new1>", {"<new1>"}, "<new2>"), ("<new1>", {"<new1>", "<new2>"}, "<new3>"), ("<cat>", {"<cat>"}, "<cat2>"),
+     ("sks", {"sks"}, "sks2")],
+)  # fmt: skip
+def test_names_of_renamed_tokens(token: str, taken: set[str], name: str) -> None:
+    assert merge.free_name(token, taken) == name
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def refused(*argv: object) -> str:
+    with pytest.raises(ConceptError) as caught:
+        merge.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_mistake_gets_one_line_and_leaves_no_folder(cat: Path, pot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ["--output_dir", out, "--model_dir", cat]
+    shutil.copytree(pot, tmp_path / "bare", ignore=shutil.ignore_patterns("README.md"))
+    assert "--class_words cat" in refused(*common, tmp_path / "bare")
+    assert "3 entries for 2 tokens" in refused(*common, pot, "--class_words", "a", "b", "c")
+    assert "cannot be read" in refused(*common, pot, "--captions", tmp_path / "none.txt")
+    (tmp_path / "few.txt").write_text("a dog\n")
+    assert "there is no folder" in refused(*common, tmp_path / "nowhere")
+    concept = load_concept(pot)
+    other = {key.replace("to_k", "to_q"): value for key, value in concept.attention.items()}
+    save_concept(Concept(concept.attention | other, concept.tokens), tmp_path / "faces")
+    assert "--freeze_model crossattn" in refused(*common, tmp_path / "faces")
+    assert not out.exists()
+    assert "too few" in refused(*common, pot, "--captions", tmp_path / "few.txt")
+
+
+def test_an_occupied_folder_and_another_base_model_are_refused(
+    cat: Path, pot: Path, base_model_v: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds 'notes.txt' already" in refused("--model_dir", cat, pot, "--output_dir", tmp_path)
+    argv = ["--model_dir", cat, pot, "--output_dir", tmp_path / "out"]
+    assert "trained on" in refused(*argv, "--pretrained_model_name_or_path", base_model_v)
+
+
+# --- captions ------------------------------------------------------------------------------------
+
+
+def test_the_shipped_captions_are_many_and_varied() -> None:
+    captions = CAPTIONS.read_text().splitlines()
+    assert captions == make_captions.make_captions()
+    assert len(set(captions)) == len(captions) >= 1000
+    assert len({word for caption in captions for word in caption.split()}) > 600
+    assert len({" ".join(caption.split()[:3]) for caption in captions}) > 400, "they begin in many ways"
