@@ -1393,7 +1393,8 @@ def push_to_hub(run: Run, result: Result) -> str:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"the upload to {args.hub_model_id!r} failed ({reason}); the files are safe in {args.output_dir!r}, upload "
-            f"them with: hf upload {args.hub_model_id} {shlex.quote(args.output_dir)} --include '*.*' --exclude '*/*'"
+            f"them with: hf upload {args.hub_model_id} {shlex.quote(args.output_dir)} --include '*.*' --exclude '*/*' "
+            f"--exclude {CONFIG_NAME}"
         ) from error
 
 

@@ -86,6 +86,7 @@ def test_the_output_folder(trained: Path) -> None:
         "<new1>.bin",
         "<new1>.safetensors",
         "README.md",
+        "config.yaml",
         "image_0.png",
         "image_1.png",
         "checkpoint-3",
