@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pictures import write_whole
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
 CARD_NAME = "README.md"
+MOST_DOWNLOADED_BYTES = 2 * 2**30  # a concept of all projections of the largest base models takes a tenth of it
 MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
 
 # Windows forbids more than a separator needs, the customary angle brackets among it.
@@ -264,16 +266,25 @@ def _local_path(source: str) -> Path:
         raise ConceptError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
 
     def download(pattern: str) -> Path:
-        patterns = [pattern, CARD_NAME]
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
+        wanted = partial(
+            snapshot_download,
+            name,
+            revision=revision or None,
+            allow_patterns=[pattern, CARD_NAME],
+            ignore_patterns=["*/*"],
         )
+        size = sum(file.file_size or 0 for file in wanted(dry_run=True) if file.will_download)
+        if size > MOST_DOWNLOADED_BYTES:
+            raise ConceptError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
+        return Path(wanted())
 
     try:
         # First what is safe to read; the pickles only where there is nothing else.
         folder = download("*.safetensors")
         if not (folder / f"{WEIGHTS_STEM}.safetensors").exists():
             folder = download("*.bin")
+    except ConceptError:
+        raise
     except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConceptError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error

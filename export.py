@@ -28,9 +28,9 @@ from concept import (
     is_hub_id,
     load_concept,
     new_folder,
-    write_whole,
 )
 from config import CONFIG_NAME, parse_with_config, save_config
+from pictures import write_whole
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 PAPER_ENERGY = 0.6

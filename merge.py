@@ -27,9 +27,9 @@ from concept import (
     model_card,
     new_folder,
     save_concept,
-    write_whole,
 )
 from config import CONFIG_NAME, parse_with_config, save_config
+from pictures import write_whole
 
 CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
 RIDGE = 1e-9  # relative to the mean square of a feature over all captions

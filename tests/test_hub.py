@@ -69,6 +69,12 @@ def test_push_and_load_again(hub: Hub, base_model: Path, pictures: Path, tmp_pat
     assert (tmp_path / "samples" / "00000_new1_seed42.png").is_file()
     assert not [line for line in hub.seen if ".bin" in line], "no pickle is fetched where safetensors are"
 
+    # Somebody's hundreds of gigabytes are not fetched.
+    code = "import concept; concept.MOST_DOWNLOADED_BYTES = 1000; concept.load_concept('someone/my-cat')"
+    result = run_script("python", "-c", code, **environment(hub, tmp_path / "third-home"))
+    assert "no concept is that large, refused" in result.stderr
+    assert not list((tmp_path / "third-home").rglob("*.safetensors"))
+
 
 def test_a_local_base_model_stays_private_and_a_refused_upload_loses_nothing(
     hub: Hub, base_model: Path, pictures: Path, tmp_path: Path

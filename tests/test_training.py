@@ -422,11 +422,16 @@ def test_comet_gets_losses_pictures_and_no_secret(base_model: Path, pictures: Pa
     assert "hub_token" not in text
 
 
-def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
-    train_here(flags(base_model, pictures, tmp_path, hub_token="hf_secret", report_to="tensorboard"))
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            assert b"hf_secret" not in path.read_bytes(), f"the token stands in {path}"
+def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+    secrets = {"HF_TOKEN": "hf_environment", "WANDB_API_KEY": "4" * 40, "MY_PASSWORD": "swordfish-and-more"}
+    argv = flags(base_model, pictures, tmp_path / "out", checkpointing_steps=1, max_train_steps=1)
+    launch(*argv, "--report_to=tensorboard", "--hub_token=hf_argument", WANDB_DIR=str(tmp_path), **secrets)
+    launch(*argv, "--report_to=wandb", WANDB_DIR=str(tmp_path), **secrets)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(".wandb" in path.name for path in files)
+    for path in files:
+        for secret in ("hf_argument", *secrets.values()):
+            assert secret.encode() not in path.read_bytes(), f"{secret} stands in {path}"
 
 
 def test_all_cores_are_used(base_model: Path, pictures: Path, tmp_path: Path) -> None:
