@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import formats
 from concept import Concept, ConceptError, is_hub_id
+from pictures import first_line
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class BaseModel:
         try:
             return loader(self.name, revision=self.revision, **options)
         except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, ...
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = first_line(error)
             raise ConceptError(f"cannot load the base model {self.name!r}: {reason}") from error
 
     def pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pictures import UsageError, remove_half_written, write_whole
+from pictures import UsageError, first_line, remove_half_written, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -81,7 +81,7 @@ def last_checkpoint(output_dir: Path) -> str:
 
 def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
     """The error of a full disk or a folder that cannot be written to."""
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     return UsageError(
         f"{str(path)!r} cannot be written: {reason}; earlier files are intact, {last_checkpoint(output_dir)}"
     )

@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from torch import Tensor, nn
 
 import formats
-from pictures import write_whole
+from pictures import first_line, write_whole
 
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
@@ -286,7 +286,7 @@ def _local_path(source: str) -> Path:
     except ConceptError:
         raise
     except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConceptError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
     return folder
 
@@ -407,7 +407,7 @@ def apply_concepts(pipeline: Any, *concepts: Concept, scale: float = 1.0) -> App
     for key, parameter in parameters.items():
         _check_fit(key, attention[key][0], parameter, attention[key][1], pipeline)
     if tokens:
-        _check_tokens(tokens, pipeline)
+        check_new_tokens(tokens, pipeline.tokenizer, pipeline.text_encoder)
 
     weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
@@ -478,16 +478,23 @@ def _check_fit(key: str, weight: Tensor, parameter: nn.Parameter, concept: Conce
         )
 
 
-def _check_tokens(tokens: _Owned, pipeline: Any) -> None:
-    vocabulary = pipeline.tokenizer.get_vocab()
-    width = pipeline.text_encoder.get_input_embeddings().embedding_dim
+def check_new_tokens(tokens: Mapping[str, tuple[Tensor, Concept]], tokenizer: Any, encoder: nn.Module) -> None:
+    """Make sure that tokenizer and text encoder can take new words.
+
+    Args:
+        tokens: each with its embedding, (width,), and the concept that it is of.
+
+    Raises:
+        ConceptError: for a token that the vocabulary has already, or of another width.
+    """
+    vocabulary, width = tokenizer.get_vocab(), encoder.get_input_embeddings().embedding_dim
     for token, (vector, concept) in tokens.items():
         if token in vocabulary:
-            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the pipeline's tokenizer already")
+            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the tokenizer's vocabulary already")
         if vector.shape != (width,):
             raise ConceptError(
-                f"{_trained_on(concept)}, with {token!r} of shape {tuple(vector.shape)}; this pipeline's text encoder "
-                f"wants {(width,)}: load the base model that the concept was trained on"
+                f"{_trained_on(concept)}, with {token!r} of shape {tuple(vector.shape)}; the text encoder here wants "
+                f"{(width,)}: load the base model that the concept was trained on"
             )
 
 

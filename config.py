@@ -18,6 +18,13 @@ CONFIG_NAME = "config.yaml"
 _NOT_SAVED = ("config", "hub_token", "local_rank")
 
 
+def switch(text: str) -> bool:
+    """An argparse type for switches that are also written ``--real_prior=True``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Add ``--config`` to a parser and parse with it: the file's flags first, so that the command line wins.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
-from pictures import UsageError, load_image, readable_images
+from pictures import UsageError, first_line, load_image, readable_images
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -94,7 +94,7 @@ def dataset_folder(name: str, cache: Path) -> Path:
     try:
         rows = datasets.load_dataset(repository, split="train", revision=revision or None)
     except Exception as error:  # datasets, the Hub client and pyarrow raise their own errors
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise UsageError(
             f"there is no folder {name!r} (instance_data_dir), and no such dataset with a split 'train' on the Hub: "
             f"{reason}"

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from base_model import find_base_model
 from concept import Concept, ConceptError, apply_concepts, load_concept
 from config import parse_with_config, save_config
-from pictures import contact_sheet, write_image
+from pictures import contact_sheet, first_line, write_image
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -107,7 +107,7 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     try:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConceptError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConceptError(f"--device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def _best_device() -> str:

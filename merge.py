@@ -20,6 +20,7 @@ from concept import (
     CARD_NAME,
     Concept,
     ConceptError,
+    check_new_tokens,
     check_token_name,
     class_words,
     complete,
@@ -272,15 +273,7 @@ def add_tokens(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CLIPTex
         ConceptError: for a token that the vocabulary has already, or of another width.
     """
     tokens = {token: (vector, part.concept) for part in parts for token, vector in part.concept.tokens.items()}
-    vocabulary, width = tokenizer.get_vocab(), encoder.get_input_embeddings().embedding_dim
-    for token, (vector, concept) in tokens.items():
-        if token in vocabulary:
-            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the tokenizer's vocabulary already")
-        if vector.shape != (width,):
-            raise ConceptError(
-                f"{token!r} of {concept.source!r} has shape {tuple(vector.shape)}, the base model's text encoder "
-                f"wants {(width,)}: give the base model that it was trained on"
-            )
+    check_new_tokens(tokens, tokenizer, encoder)
     tokenizer.add_tokens(list(tokens))
     encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     table = encoder.get_input_embeddings().weight

@@ -20,6 +20,11 @@ class UsageError(ValueError):
     """Something that the user gave is wrong; the message is one line that names it and the way out."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line: the first that is not blank, or else the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
     """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
 

@@ -27,6 +27,7 @@ os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 from PIL import Image
 from tqdm.auto import tqdm
 
+from config import switch
 from pictures import UsageError
 from retrieval.class_folder import ClassFolder, Picture, check_picture
 from retrieval.download import Downloader, Refused
@@ -85,13 +86,6 @@ def positive_number(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
-
-
-def switch(text: str) -> bool:
-    """An argparse type for True and False."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 EPILOG = """examples:

@@ -85,7 +85,7 @@ from concept import (
     model_card,
     save_concept,
 )
-from config import CONFIG_NAME, parse_with_config, save_config
+from config import CONFIG_NAME, parse_with_config, save_config, switch
 from data import (
     CustomDiffusionDataset,
     PromptDataset,
@@ -95,7 +95,7 @@ from data import (
     find_instance_images,
     position_batches,
 )
-from pictures import UsageError, readable_images, remove_half_written, write_image, write_whole
+from pictures import UsageError, first_line, readable_images, remove_half_written, write_image, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -119,13 +119,6 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
-
-
-def switch(text: str) -> bool:
-    """An argparse type for switches that are also written ``--real_prior=True``."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 # fmt: off
@@ -682,7 +675,7 @@ def load_pretrained(loader: Callable, args: argparse.Namespace, subfolder: str |
     try:
         return loader(name, revision=args.revision, **options)
     except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         what = subfolder or "model_index.json"
         where = (
             f"in the folder {name!r}"
@@ -1367,7 +1360,7 @@ def create_hub_repository(args: argparse.Namespace) -> None:
     try:
         args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
 
 
@@ -1390,7 +1383,7 @@ def push_to_hub(run: Run, result: Result) -> str:
         api = HfApi(token=args.hub_token)
         return str(api.create_commit(args.hub_model_id, operations, commit_message="End of training").repo_url)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"the upload to {args.hub_model_id!r} failed ({reason}); the files are safe in {args.output_dir!r}, upload "
             f"them with: hf upload {args.hub_model_id} {shlex.quote(args.output_dir)} --include '*.*' --exclude '*/*' "
