@@ -18,6 +18,17 @@ CONFIG_NAME = "config.yaml"
 _NOT_SAVED = ("config", "hub_token", "local_rank")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that say something: not None, False or nothing at all, but 0 is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is False or action.default in (None, "", []):
+            return action.help
+        if isinstance(action.default, list):  # as it would be typed, not as Python writes it
+            return f"{action.help} (default: {' '.join(map(str, action.default)).replace('%', '%%')})"
+        return super()._get_help_string(action)
+
+
 def switch(text: str) -> bool:
     """An argparse type for switches that are also written ``--real_prior=True``."""
     if text.lower() not in ("true", "false"):

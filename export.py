@@ -29,7 +29,7 @@ from concept import (
     load_concept,
     new_folder,
 )
-from config import CONFIG_NAME, parse_with_config, save_config
+from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config
 from pictures import write_whole
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "and kohya-ss' scripts, as a complete pipeline to anything that reads diffusers folders, as delta.bin to the "
         "authors' code.",
         usage="%(prog)s --format {lora,pipeline,delta} [--model_dir CONCEPT] [--output_dir FOLDER] [more: --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

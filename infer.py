@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from base_model import find_base_model
 from concept import Concept, ConceptError, apply_concepts, load_concept
-from config import parse_with_config, save_config
+from config import HelpFormatter, parse_with_config, save_config
 from pictures import contact_sheet, first_line, write_image
 
 SCHEDULERS = {
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make pictures of a concept that train_custom_diffusion.py has learned.",
         usage="%(prog)s --prompt '<new1> cat in a bucket' [--prompt ...] [more options: --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

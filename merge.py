@@ -29,7 +29,7 @@ from concept import (
     new_folder,
     save_concept,
 )
-from config import CONFIG_NAME, parse_with_config, save_config
+from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config
 from pictures import write_whole
 
 CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Merge concepts that were trained separately into one folder for infer.py, in seconds and without "
         "their pictures (closed form of the Custom Diffusion paper, section 3.2).",
         usage="%(prog)s --model_dir CONCEPT CONCEPT [CONCEPT ...] [--output_dir FOLDER] [more options: --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -27,7 +27,7 @@ os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 from PIL import Image
 from tqdm.auto import tqdm
 
-from config import switch
+from config import HelpFormatter, switch
 from pictures import UsageError
 from retrieval.class_folder import ClassFolder, Picture, check_picture
 from retrieval.download import Downloader, Refused
@@ -113,8 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Bring real images of a class, with captions, for training with --real_prior.",
         usage="%(prog)s --class_prompt cat [--class_data_dir FOLDER] [--num_class_images 200] [more options: --help]",
         epilog=EPILOG,
-        formatter_class=type("Formatter", (argparse.ArgumentDefaultsHelpFormatter,
-                                           argparse.RawDescriptionHelpFormatter), {}),
+        formatter_class=type("Formatter", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
         allow_abbrev=False,
     )
     add = parser.add_argument_group("classes").add_argument

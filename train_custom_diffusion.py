@@ -85,7 +85,7 @@ from concept import (
     model_card,
     save_concept,
 )
-from config import CONFIG_NAME, parse_with_config, save_config, switch
+from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config, switch
 from data import (
     CustomDiffusionDataset,
     PromptDataset,
@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Teach a Stable Diffusion model new concepts from a few pictures of each (Custom Diffusion).",
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES "
               "--instance_prompt 'photo of a <new1> cat' --modifier_token '<new1>' [more options: --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     is_on = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}

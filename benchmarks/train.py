@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks.random_model import SHAPES, build_random_model
+from config import HelpFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_LINE = "tokenizer.encode([initializer_token], add_special_tokens=False)"
@@ -47,9 +48,7 @@ class Measurement:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what it does not know goes to both training scripts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--shape", default="sd14", choices=SHAPES, help="Size of the random model.")
     parser.add_argument("--model_dir", type=Path, help="Folder to keep the random model in between runs.")
     parser.add_argument("--resolution", type=int, default=256)

@@ -1,15 +1,20 @@
-"""--config: the same flags from a file, checked like the command line."""
+"""--config: the same flags from a file, checked like the command line; and what --help says of defaults."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import yaml
 
+import export
+import infer
+import merge
+import retrieve
 import train_custom_diffusion
 from concept import load_concept
-from config import save_config
+from config import HelpFormatter, save_config
 from tests.conftest import flags
 
 NEEDED = {
@@ -83,3 +88,35 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_custom_diffusion.parse_args(["--config", "nowhere.yaml"])
     assert "--config 'nowhere.yaml' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        (train_custom_diffusion, "(default: ktn+pll+ucd)"),
+        (infer, "(default: custom-diffusion-model)"),
+        (merge, "(default: 500)"),
+        (export, "(default: custom-diffusion-model)"),
+        (retrieve, "(default: 200)"),
+    ],
+)
+def test_help_names_the_defaults_that_say_something(
+    command: object, default: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no line is broken
+    with pytest.raises(SystemExit) as caught:
+        command.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and default in text
+    for nothing in ("None", "False", "[]", ""):
+        assert f"(default: {nothing})" not in text
+
+
+def test_zero_is_a_default_like_others() -> None:
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    for number, default in enumerate((0, 0.0, True, ["a", "100%"], None, False, "", [])):
+        parser.add_argument(f"--flag{number}", default=default, help=f"Help{number}.")
+    text = parser.format_help()
+    for number, shown in enumerate(("0", "0.0", "True", "a 100%")):
+        assert f"Help{number}. (default: {shown})" in text
+    assert text.count("(default") == 4
