@@ -1,9 +1,10 @@
-"""Command lines from a file: ``--config run.yaml`` for every command, and the file that repeats a run."""
+"""What the command lines share: ``--config run.yaml``, the file that repeats a run, and how help is shown."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 from pictures import write_whole
 
 CONFIG_NAME = "config.yaml"
-# Secrets, what a launcher sets, and the file itself have no place in a file that is passed on.
-_NOT_SAVED = ("config", "hub_token", "local_rank")
+# Secrets, who runs it, what a launcher sets, and the file itself have no place in a file that is passed on.
+_NOT_SAVED = ("config", "contact", "hub_token", "local_rank")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -91,13 +92,29 @@ def _as_flags(parser: argparse.ArgumentParser, action: argparse.Action, value: A
         return [flag] if value else []
     if action.nargs in ("+", "*"):
         return [flag, *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(action.default, list) and isinstance(value, list):  # action="append": the flag several times
+        return [f"{flag}={one}" for one in value]
     if isinstance(value, (list, dict)):
         parser.error(f"--config {str(path)!r}: {action.dest!r} takes one value, not {value!r}")
     return [f"{flag}={value}"]
 
 
-def save_config(args: argparse.Namespace, path: Path) -> None:
-    """Write every flag's value, without secrets: ``--config`` with this file repeats the run."""
+def without_userinfo(address: str) -> str:
+    """A web address without the user name and password that may stand before its host; other text as it is."""
+    return re.sub(r"(?i)^(\s*https?://)[^/?#]*@", r"\1", address)
+
+
+def config_text(args: argparse.Namespace) -> bytes:
+    """Every flag's value as YAML, without secrets: ``--config`` with this in a file repeats the run."""
     values = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED and value is not None}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
-    write_whole(path, lambda file: file.write(text.encode()))
+    values = {name: without_userinfo(value) if isinstance(value, str) else value for name, value in values.items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).encode()
+
+
+def save_config(args: argparse.Namespace, path: Path) -> None:
+    """Write :func:`config_text` into a file, whole or not at all.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    write_whole(path, lambda file: file.write(config_text(args)))

@@ -27,7 +27,7 @@ os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 from PIL import Image
 from tqdm.auto import tqdm
 
-from config import HelpFormatter, switch
+from config import CONFIG_NAME, HelpFormatter, config_text, parse_with_config, save_config, switch
 from pictures import UsageError
 from retrieval.class_folder import ClassFolder, Picture, check_picture
 from retrieval.download import Downloader, Refused
@@ -168,7 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: as argparse does, after a usage line and one line that names what is wrong.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_with_config(parser, argv)
     if (args.concepts_list is None) == (args.class_prompt is None):
         parser.error("give either --class_prompt, such as --class_prompt cat, or --concepts_list")
     if args.concepts_list is not None and args.class_data_dir is not None:
@@ -285,10 +285,11 @@ def warn(message: str) -> None:
 
 @dataclass
 class Outcome:
-    """What a run has left out and why, and what went wrong with the source, if anything."""
+    """What a run has left out and why, what went wrong with the source, if anything, and whether it kept an image."""
 
     left_out: Counter[str] = field(default_factory=Counter)
     trouble: str | None = None
+    has_kept: bool = False
 
 
 def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outcome:
@@ -328,7 +329,7 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
 
     try:
         for candidate, future in _in_order(itertools.chain([first], candidates), prepare, pool, ahead):
-            taken = keeper.submit(_take, candidate, future, folder, outcome).result()
+            taken = keeper.submit(_take, candidate, future, folder, args, outcome).result()
             have += taken
             bar.set_postfix_str(summary(outcome.left_out, 3), refresh=False)
             bar.update(taken)
@@ -375,7 +376,9 @@ def _unknown(candidates: Iterator[Candidate], folder: ClassFolder, outcome: Outc
         outcome.trouble = str(error)
 
 
-def _take(candidate: Candidate, future: Future[Picture], folder: ClassFolder, outcome: Outcome) -> bool:
+def _take(
+    candidate: Candidate, future: Future[Picture], folder: ClassFolder, args: argparse.Namespace, outcome: Outcome
+) -> bool:
     try:
         picture = future.result()
     except Refused as refusal:
@@ -385,6 +388,10 @@ def _take(candidate: Candidate, future: Future[Picture], folder: ClassFolder, ou
         outcome.left_out["near-duplicate"] += 1
         return False
     folder.add(picture, candidate)
+    if not outcome.has_kept:
+        # With the first image: a run that is killed later has said what it was, and one that finds none leaves nothing.
+        save_config(args, folder.path / CONFIG_NAME)
+        outcome.has_kept = True
     return True
 
 
@@ -413,6 +420,12 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
     """
     folder = ClassFolder(path, class_prompt)
     try:
+        config = path / CONFIG_NAME
+        if not folder.records and config.exists() and config.read_bytes() != config_text(args):
+            raise UsageError(
+                f"{str(config)!r} would be replaced by the configuration of this run: move it, or give another "
+                "--class_data_dir"
+            )
         wanted, had = args.num_class_images, len(folder.kept())
         if had >= wanted:
             folder.write_lists()

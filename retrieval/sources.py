@@ -22,7 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from requests.utils import get_auth_from_url
 
+from config import without_userinfo
 from pictures import UsageError
 
 OPENVERSE_URL = "https://api.openverse.org"
@@ -117,10 +119,13 @@ class Service:
         if parts.scheme not in ("http", "https") or not self.host:
             raise UsageError(f"--url {url!r} is no http(s) address, such as http://localhost:1234")
         self.name = name
-        self.url = url.rstrip("/")
+        # User name and password go into a header: messages and origins of pictures name the address.
+        self.url = without_userinfo(url).rstrip("/")
         self.interval = interval
         self._next_request = 0.0
         self._session = requests.Session()
+        if any(credentials := get_auth_from_url(url)):
+            self._session.auth = credentials
         self._session.headers.update({"User-Agent": user_agent, "Accept": "application/json"})
 
     def get(self, path: str, parameters: dict[str, Any]) -> Any:

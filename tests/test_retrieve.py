@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 import retrieve
+from config import save_config
 from data import find_class_images
 from pictures import load_image
 from retrieval import class_folder
@@ -402,7 +403,9 @@ def test_killed_at_every_step_it_goes_on(tmp_path, monkeypatch):
         present = sorted((tmp_path / "cats/images").glob("*.jpg"))
         assert [path.read_bytes() for path in present] == [web_page(0), web_page(1)][: len(present)]
         retrieve.main([*arguments, "cats"])
-        found = {name: content.replace(b"cats/", b"whole/") for name, content in tree(tmp_path / "cats").items()}
+        found = {
+            name: re.sub(rb"cats(?=[/\n])", b"whole", content) for name, content in tree(tmp_path / "cats").items()
+        }
         assert found == whole, f"killed before step {steps}"
         if killed.returncode == 0:
             break
@@ -522,6 +525,7 @@ def web_page(row):
         ({"images.txt": b"a\nb\n", "urls.txt": b"a\n", "caption.txt": b"a\n"}, "missing or do not belong together"),
         ({"sources.jsonl": b'{"file": "../../x.jpg"}\n'}, "line 1 is broken"),
         ({"images": b"a file"}, "cannot be written to"),
+        ({"config.yaml": b"class_prompt: cat  # mine\n"}, "'cats/config.yaml' would be replaced"),
         (
             {"sources.jsonl": b'{"file":"0.jpg","caption":"","url":"","class_prompt":"dog","fingerprint":"0"}\n'},
             "holds images of 'dog'",
@@ -589,8 +593,87 @@ def test_several_classes_from_a_concepts_file(web, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(concepts))
     result = run(tmp_path, "--concepts_list", "list.json", "--num_class_images", 2, "--url", web.url)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "real/cat/config.yaml").read_text().startswith("num_class_images: 2\nconcepts_list: list.json\n")
     assert lists(tmp_path / "real/cat")[0] == ["cat", "cat"]
     assert lists(tmp_path / "real_reg/samples_wooden_pot")[1] == [f"{web.url}/2.jpg", f"{web.url}/3.jpg"]
+
+
+# --- --config ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_repeated_by_the_file_it_leaves(web, tmp_path):
+    serve_good(web, 6)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--num_class_images", 4, "--url", web.url]
+    arguments += ["--max_size", 260, "--private_host", "one.example", "--private_host", "two.example"]
+    arguments += ["--deduplicate", "False", "--contact", "me@example.org"]
+    assert run(tmp_path, *arguments).returncode == 0
+    whole = tree(tmp_path / "cats")
+    (tmp_path / "again").mkdir()
+    result = run(tmp_path / "again", "--config", tmp_path / "cats/config.yaml")
+    assert result.returncode == 0, result.stderr
+    assert tree(tmp_path / "again/cats") == whole
+    # In place, where all else was removed, too.
+    for name in whole.keys() - {"config.yaml"}:
+        (tmp_path / "cats" / name).unlink()
+    assert run(tmp_path, "--config", "cats/config.yaml").returncode == 0
+    assert tree(tmp_path / "cats") == whole
+    result = run(tmp_path, "--config", "cats/config.yaml", "--class_data_dir", "two", "--num_class_images", 2)
+    assert result.returncode == 0 and len(lists(tmp_path / "two")[0]) == 2, "the command line wins"
+
+
+def test_the_file_has_every_flag_but_no_secret(tmp_path):
+    told = ["--class_prompt", "cat", "--url", "https://me:pass@localhost:1", "--contact", "me@example.org"]
+    for more in ([], ["--private_host", "a", "--private_host", "b", "--deduplicate=False", "--aesthetic_score=3"]):
+        args = retrieve.parse_args([*told, *more])
+        save_config(args, tmp_path / "config.yaml")
+        text = (tmp_path / "config.yaml").read_text()
+        assert "pass" not in text and "example.org" not in text
+        again = retrieve.parse_args(["--config", str(tmp_path / "config.yaml")])
+        different = {name: getattr(again, name) for name, value in vars(args).items() if getattr(again, name) != value}
+        config = str(tmp_path / "config.yaml")
+        assert different == {"url": "https://localhost:1", "contact": "", "config": config}
+
+
+def test_a_password_goes_to_the_service_and_nowhere_else(web, tmp_path):
+    asked = []
+
+    def knn(handler):
+        asked.append(handler.headers["Authorization"])
+        entries = [{"id": row, "image": base64.b64encode(encoded(picture(row))).decode()} for row in range(2)]
+        handler.json(entries)
+
+    web.pages["/knn-service"] = knn
+    url = web.url.replace("//", "//me:p%40ss@")
+    result = run(tmp_path, "--class_prompt", "cat", "--class_data_dir", "cats", "--num_class_images", 2, "--url", url)
+    assert result.returncode == 0, result.stderr
+    assert set(asked) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+    everything = b"".join(tree(tmp_path / "cats").values()) + result.stdout.encode() + result.stderr.encode()
+    assert b"p%40ss" not in everything and b"p@ss" not in everything
+
+
+def test_nobody_takes_the_file_for_an_image_or_a_list(web, tmp_path):
+    serve_good(web, 5)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--num_class_images", 3, "--url", web.url]
+    assert run(tmp_path, *arguments).returncode == 0
+    saved = (tmp_path / "cats/config.yaml").read_bytes()
+    # As a folder that the example has filled, which is told from a foreign one by what is in it.
+    (tmp_path / "cats/sources.jsonl").unlink()
+    arguments[5] = 4
+    assert run(tmp_path, *arguments).returncode == 0
+    assert lists(tmp_path / "cats")[0] == [f"cat number {row}" for row in range(4)]
+    assert (tmp_path / "cats/config.yaml").read_bytes() == saved.replace(b"images: 3", b"images: 4")
+    # As pictures of one's own.
+    result = run(tmp_path, "--class_prompt", "cat", "--path", "cats", "--words", "", "--class_data_dir", "copy")
+    assert result.returncode == 1 and "4 of the 200 images" in result.stderr
+    # As class images of training.
+    concept = {"class_prompt": "cat", "class_data_dir": str(tmp_path / "cats")}
+    assert [path.suffix for path, _ in find_class_images([concept], 4, real_prior=True)] == [".jpg"] * 4
+
+
+def test_a_run_that_finds_nothing_leaves_no_file(web, tmp_path):
+    serve_good(web, 0)
+    assert run(tmp_path, "--class_prompt", "cat", "--url", web.url).returncode == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- the clip-retrieval protocol -----------------------------------------------------------------
