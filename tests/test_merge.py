@@ -13,6 +13,7 @@ import infer
 import merge
 import train_custom_diffusion
 from base_model import BaseModel
+from benchmarks.merge import main as measure_merging
 from captions import make_captions
 from concept import Concept, ConceptError, load_concept, save_concept
 from merge import CAPTIONS, merge_weights, merging_directions, read_captions, text_features
@@ -198,3 +199,8 @@ def test_the_shipped_captions_are_many_and_varied() -> None:
     assert len(set(captions)) == len(captions) >= 1000
     assert len({word for caption in captions for word in caption.split()}) > 600
     assert len({" ".join(caption.split()[:3]) for caption in captions}) > 400, "they begin in many ways"
+
+
+def test_the_benchmark_runs(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure_merging(["--shape", "tiny", "--model_dir", str(base_model), "--repeats", "1"])
+    assert "(median of 1)" in capsys.readouterr().out
