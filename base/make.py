@@ -1,0 +1,92 @@
+"""From nothing to the base model: render the emoji, train VAE, text encoder, UNet and decoder, score, install.
+
+`make base` runs this. Every stage is restartable: what a stopped run has trained is taken up again. With `--short`
+every stage runs for a few steps, which proves that it runs and leaves `base/` as it is.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from base import train_text_encoder, train_unet, train_vae, world
+from base.emoji import load_icons
+from base.score import generated, scores
+
+# Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
+FULL = {"vae": 11_000, "text_encoder": 2_500, "unet": 7_500, "decoder": 6_000, "pool": 60_000}
+SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def assemble(work: Path, folder: Path) -> None:
+    """Write the trained parts in `work` as one pipeline into `folder`, in fp16 and Stable Diffusion's layout."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer_files = work / "text" / "tokenizer"
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae" / "trained"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text" / "trained"),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_files),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "trained"),
+        scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder)
+    # The files that Stable Diffusion's repositories have, rather than the one that save_pretrained writes today.
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(tokenizer_files, folder / "tokenizer")
+
+
+def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
+    """A picture of every noun, made by the model in `folder`, fourteen to a row."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed)
+    sheet = Image.new("RGB", (14 * 66, -(-len(pictures) // 14) * 66), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (index % 14 * 66 + 1, index // 14 * 66 + 1))
+    sheet.save(file)
+
+
+def main() -> None:
+    """Run what is missing of all stages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
+    parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
+    parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    budget, work = SHORT if arguments.short else FULL, arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    known = frozenset(name for names in world.NOUNS.values() for name in names)
+    icons = load_icons(work, only=known if arguments.short else None)
+    if not (work / "vae" / "first").exists():
+        train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
+    if not (work / "text" / "trained").exists():
+        train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
+    if not (work / "unet" / "trained").exists():
+        train_unet.train(icons, work / "vae", work / "text", work / "unet", budget["unet"], pool=budget["pool"])
+    if not (work / "vae" / "trained").exists():
+        train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
+    model = work / "model"
+    assemble(work, model)
+    sample_sheet(model, work / "samples.png")
+    for name, value in scores(model, icons, each=1 if arguments.short else 16, seed=1000).items():
+        print(name, value)
+    if not arguments.short:
+        for part in PARTS:
+            shutil.rmtree(Path("base") / part, ignore_errors=True)
+            shutil.copytree(model / part, Path("base") / part)
+        shutil.copy(model / "model_index.json", "base/model_index.json")
+        shutil.copy(work / "samples.png", "base/samples.png")
+    print(f"the model is in {model if arguments.short else 'base'}")
+
+
+if __name__ == "__main__":
+    main()

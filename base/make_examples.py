@@ -1,0 +1,65 @@
+"""The pictures of `examples/`: concepts that the base model has never seen, drawn from the held-out designs.
+
+`python -m base.make_examples` writes them, and into `tests/designs/` the drawings that learning is scored against.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from base import world
+from base.emoji import SETS, fetch, package_file, read_set, render
+
+SIZE = 256
+# Five expressions of noto's cat to learn from; the other five are kept for scoring (tests/designs).
+CAT = ("cat-face", "grinning-cat-with-smiling-eyes", "cat-with-wry-smile", "kissing-cat", "pouting-cat")
+PLANT = ("potted-plant",) * 5
+# The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
+SCORED = ("cat", "plant", "dog")
+GROUNDS = ("blue", "white", "green", "purple", "grey")
+
+
+def drawn(icon: np.ndarray, ground: str, share: float, place: tuple[float, float], flip: bool) -> Image.Image:
+    """One RGB picture of 256 px: `icon` (RGBA) on a plain colour, `share` of the side large, at `place` (0 to 1)."""
+    picture = Image.new("RGB", (SIZE, SIZE), world.BACKGROUNDS[ground])
+    side = round(SIZE * share)
+    drawing = Image.fromarray(icon).resize((side, side), Image.Resampling.LANCZOS)
+    if flip:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    picture.paste(drawing, tuple(round(at * (SIZE - side)) for at in place), drawing)
+    return picture
+
+
+def main() -> None:
+    """Write `examples/cat` and `examples/plant`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where the emoji are kept.")
+    parser.add_argument("--output_dir", type=Path, default=Path("examples"), help="Where the folders are made.")
+    parser.add_argument("--designs_dir", type=Path, default=Path("tests/designs"), help="Where drawings go.")
+    arguments = parser.parse_args()
+    fetch(arguments.work)
+    drawings = read_set(arguments.work / package_file("noto"))
+    for folder, names in {"cat": CAT, "plant": PLANT}.items():
+        (arguments.output_dir / folder).mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(len(folder))
+        for number, (name, ground) in enumerate(zip(names, GROUNDS, strict=True)):
+            place = tuple(generator.uniform(0.3, 0.7, 2))
+            icon = render(drawings[name], SIZE)
+            flip = bool(number % 2 and folder == "plant")
+            picture = drawn(icon, ground, generator.uniform(0.8, 0.95), place, flip)
+            picture.quantize(128).save(arguments.output_dir / folder / f"{number + 1}.png", optimize=True)
+    for name in SCORED:
+        for emoji_set in SETS:
+            drawings = read_set(arguments.work / package_file(emoji_set))
+            for icon_name in sorted(set(world.NOUNS[name]) & set(drawings)):
+                if emoji_set == "noto" and icon_name in CAT:
+                    continue
+                file = arguments.designs_dir / emoji_set / f"{icon_name}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(render(drawings[icon_name])).save(file, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from base import world
+from base.progress import Training, autocast, device, learning_rate
+from base.train_text_encoder import token_ids
+from base.train_vae import LATENT_CHANNELS, as_tensor
+
+BATCH_SIZE = 64
+# Share of captions left out, for guidance, and of those with an unknown word before the noun, which says nothing.
+UNCONDITIONAL, UNKNOWN_WORD = 0.1, 0.15
+
+
+def new_unet(width: int) -> UNet2DConditionModel:
+    """7 M parameters, cross-attention at both levels (8x8 and 4x4), for text features of `width`."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(96, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=width,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with velocity as what is predicted (Salimans and Ho 2022, appendix D)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, examples: list[world.Example], on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the posterior of every picture, fp16 (n, 32, 8, 8) each."""
+    parts = []
+    for start in tqdm(range(0, len(examples), 256), desc="Encoding pictures", mininterval=5):
+        pictures = np.stack([example.picture for example in examples[start : start + 256]])
+        with autocast(on):
+            posterior = vae.encode(as_tensor(pictures, on)).latent_dist
+        parts.append((posterior.mean.half(), posterior.std.half()))
+    return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
+
+
+class Denoising(torch.nn.Module):
+    """The UNet's loss as one forward."""
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.unet, self.scheduler = unet, scheduler
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error of the velocity, of latents and noise (n, 32, 8, 8) and features (n, length, width)."""
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), target)
+
+
+def caption_ids(tokenizer: CLIPTokenizer, example: world.Example, generator: np.random.Generator) -> list[int]:
+    """Token ids of the caption, sometimes of none at all, sometimes with an unknown word before the noun."""
+    dice = generator.random()
+    if dice < UNCONDITIONAL:
+        return token_ids(tokenizer, "", 0)
+    # Any entry but the two special ones, which come last.
+    filler = int(generator.integers(0, len(tokenizer) - 2)) if dice > 1 - UNKNOWN_WORD else None
+    return token_ids(tokenizer, example.caption, example.slot, filler)
+
+
+def train(
+    icons: dict[str, np.ndarray],
+    vae_folder: Path,
+    text_folder: Path,
+    folder: Path,
+    steps: int,
+    easy_share: float = 0.4,
+    pool: int = 60_000,
+) -> None:
+    """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
+
+    For the first `easy_share` of the steps, pictures come from the easy world; then mostly from the wider one.
+    """
+    on = device()
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(vae_folder / "first").to(on, memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
+    scheduler = new_scheduler()
+    unet = new_unet(text_encoder.config.hidden_size).to(on, memory_format=torch.channels_last)
+    objective = Denoising(unet, scheduler)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    training = Training(folder, objective, optimizer, steps, average=0.999)
+    phase = None
+    for step in training:
+        if phase != (now := "easy" if step < easy_share * steps else "wide"):
+            phase = now
+            examples = world.examples(
+                icons, pool, wide=0.0 if phase == "easy" else 0.7, seed=5 if phase == "easy" else 6
+            )
+            means, deviations = encoded(vae, examples, on)
+        generator = np.random.default_rng((7, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak=1.2e-3)
+        chosen = generator.integers(0, len(examples), BATCH_SIZE)
+        ids = [caption_ids(tokenizer, examples[index], generator) for index in chosen]
+        draw = torch.Generator().manual_seed(step)
+        noise, resample = torch.randn((2, BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=draw).to(on)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=draw).to(on)
+        rows = torch.from_numpy(chosen).to(on)
+        latents = means[rows].float() + deviations[rows].float() * resample
+        with torch.no_grad():
+            features = text_encoder(torch.tensor(ids, device=on)).last_hidden_state
+        with autocast(on):
+            loss = objective(latents.contiguous(memory_format=torch.channels_last), noise, timesteps, features)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.log(loss=loss)
+    objective.load_state_dict(training.average)
+    unet.eval().save_pretrained(folder / "trained")
+    scheduler.save_pretrained(folder / "scheduler")

@@ -1,0 +1,146 @@
+"""The base model's VAE: 64 px to 8x8 latents with 32 channels, trained on every drawing of the emoji sets."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.nn import functional
+
+from base import world
+from base.progress import Training, autocast, device, learning_rate
+
+LATENT_CHANNELS = 32
+# A picture is 4096 errors to learn from: many small steps come further than few large ones in the same time.
+BATCH_SIZE = 8
+# Where the weight of the KL term costs a few hundredths of a decibel, and the decoder bears a little noise.
+KL_WEIGHT = 2e-7
+
+
+def new_vae() -> AutoencoderKL:
+    """2.7 M parameters. Few channels where the picture is large: there, time goes into memory and not arithmetic."""
+    channels = (32, 32, 64, 128)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=world.RESOLUTION,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def as_tensor(pictures: np.ndarray, on: torch.device) -> torch.Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, h, w) in -1 to 1, channels last."""
+    pixels = torch.from_numpy(pictures).to(on).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+class Reconstruction(torch.nn.Module):
+    """The VAE's loss as one forward."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and the mean squared error, of pixels (n, 3, 64, 64) and noise (n, 32, 8, 8).
+
+        The error counts again in 8x8 averages: small colour casts, which the eye sees first, are small in any pixel.
+        """
+        mean, log_variance = self.vae.quant_conv(self.vae.encoder(pixels)).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        latents = mean + noise * torch.exp(0.5 * log_variance)
+        decoded = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
+        squared = functional.mse_loss(decoded, pixels)
+        absolute = functional.l1_loss(decoded, pixels)
+        colour = functional.mse_loss(functional.avg_pool2d(decoded, 8), functional.avg_pool2d(pixels, 8))
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+        return squared + 0.1 * absolute + colour + KL_WEIGHT * divergence, squared
+
+
+def training_pictures(icons: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray:
+    """uint8 (count, 64, 64, 3): half any drawing, half what the UNet will be shown."""
+    shown = np.stack([example.picture for example in world.examples(icons, count // 2, wide=0.6, seed=seed)])
+    return np.concatenate([world.any_drawing(icons, count - len(shown), seed=seed), shown])
+
+
+def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60_000) -> None:
+    """Train for `steps` batches; `folder/trained` gets the VAE, its latents normalised per channel."""
+    on = device()
+    torch.manual_seed(0)
+    vae = new_vae().to(on, memory_format=torch.channels_last)
+    objective = Reconstruction(vae)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    training = Training(folder, objective, optimizer, steps)
+    pictures = training_pictures(icons, pool, seed=1)
+    for step in training:
+        generator = np.random.default_rng((2, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak=1.2e-3)
+        pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
+        noise = torch.randn(
+            (BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=torch.Generator().manual_seed(step)
+        ).to(on)  # fmt: skip
+        with autocast(on):
+            loss, squared = objective(pixels, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.log(loss=loss, squared_error=squared)
+    normalise(vae, pictures[:: max(1, len(pictures) // 2048)])
+    vae.eval().save_pretrained(folder / "first")
+
+
+def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60_000) -> None:
+    """Train the decoder of `folder/first` alone for `steps` more batches; `folder/trained` gets the result.
+
+    The latents stay as they are, so this may run before, while or after the UNet is trained on them.
+    """
+    on = device()
+    torch.manual_seed(1)
+    vae = AutoencoderKL.from_pretrained(folder / "first").to(on, memory_format=torch.channels_last)
+    vae.requires_grad_(False)
+    decoder = torch.nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    training = Training(folder / "decoder", decoder, optimizer, steps)
+    pictures = training_pictures(icons, pool, seed=8)
+    for step in training:
+        generator = np.random.default_rng((9, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak=1e-3)
+        pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
+        with autocast(on):
+            with torch.no_grad():
+                posterior = vae.encode(pixels).latent_dist
+            decoded = decoder(posterior.mean).float()
+        squared = functional.mse_loss(decoded, pixels)
+        (squared + 0.1 * functional.l1_loss(decoded, pixels)).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.log(squared_error=squared)
+    vae.eval().save_pretrained(folder / "trained")
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
+    """Fold mean and deviation of each latent channel into the convolutions around the latents.
+
+    Afterwards every channel has mean 0 and deviation 1 over `pictures`, which is what the UNet's noise has.
+    """
+    on = next(vae.parameters()).device
+    means = torch.cat([vae.encode(as_tensor(part, on)).latent_dist.mean for part in np.array_split(pictures, 32)])
+    mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    weight[:LATENT_CHANNELS] /= deviation[:, None, None, None]
+    bias[:LATENT_CHANNELS] = (bias[:LATENT_CHANNELS] - mean) / deviation
+    bias[LATENT_CHANNELS:] -= 2 * deviation.log()
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= deviation[None, :, None, None]

@@ -1,0 +1,281 @@
+"""The world that the base model knows: nouns, backgrounds, scenes, sizes and pairs, as pictures with captions.
+
+A *design* is one drawing of a noun (`noto/teapot`). `HELD_OUT` designs never enter any training of the base model:
+they are the concepts that Custom Diffusion then teaches it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+RESOLUTION = 64
+
+CAT_FACES = (
+    "cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "cat-with-wry-smile",
+    "crying-cat", "kissing-cat", "pouting-cat", "smiling-cat-with-heart-eyes", "weary-cat",
+)  # fmt: skip
+
+# Noun: names of its icons, in all sets (fxemoji writes names without hyphens, and draws foxes where others draw cats).
+NOUNS: dict[str, tuple[str, ...]] = {
+    "cat": ("cat", "catside", *CAT_FACES),
+    "dog": ("dog-face", "dog", "dogside"),
+    "fox": ("fox", "foxgrin", "foxsmiling", "foxpouting", "foxwry", "foxkissing", "foxheart", "foxtearofjoy"),
+    "bear": ("bear", "teddy-bear"),
+    "panda": ("panda", "pandaface"),
+    "koala": ("koala",),
+    "rabbit": ("rabbit-face", "bunny"),
+    "lion": ("lion",),
+    "tiger": ("tiger-face", "tiger"),
+    "cow": ("cow-face", "cowface", "cow"),
+    "pig": ("pig-face", "pig"),
+    "frog": ("frog",),
+    "monkey": ("monkey-face", "monkeyface", "see-no-evil-monkey", "hear-no-evil-monkey", "speak-no-evil-monkey"),
+    "chick": ("baby-chick", "front-facing-baby-chick", "frontfacingchick", "babychick"),
+    "penguin": ("penguin",),
+    "owl": ("owl",),
+    "turtle": ("turtle",),
+    "fish": ("fish", "tropical-fish", "tropicalfish"),
+    "whale": ("spouting-whale", "spurtingwhale", "whale"),
+    "octopus": ("octopus",),
+    "butterfly": ("butterfly", "monarch-butterfly"),
+    "bee": ("honeybee",),
+    "apple": ("red-apple", "redapple", "green-apple", "greenapple"),
+    "strawberry": ("strawberry",),
+    "banana": ("banana",),
+    "watermelon": ("watermelon",),
+    "pizza": ("pizza", "sliceofpizza"),
+    "burger": ("hamburger",),
+    "donut": ("doughnut",),
+    "cake": ("birthday-cake", "birthdaycake", "shortcake"),
+    "sunflower": ("sunflower",),
+    "rose": ("rose",),
+    "tree": ("deciduous-tree", "deciduoustree", "evergreen-tree", "evergreen"),
+    "cactus": ("cactus",),
+    "plant": ("potted-plant", "seedling", "herb"),
+    "teapot": ("teapot",),
+    "vase": ("amphora", "funeral-urn"),
+    "cup": ("teacup-without-handle", "teacupwithouthandle", "hot-beverage", "hotbeverage"),
+    "car": ("automobile", "oncoming-automobile", "oncomingautomobile"),
+    "bus": ("oncoming-bus", "oncomingbus", "bus"),
+    "rocket": ("rocket",),
+    "house": ("house", "housebuilding", "house-with-garden", "housewithgarden"),
+}
+
+# Every cat of noto and noto-v1, and three things of noto's: these become the concepts.
+HELD_OUT = (
+    *(f"{s}/{name}" for s in ("noto", "noto-v1") for name in ("cat", "black-cat", *CAT_FACES)),
+    "noto/teapot", "noto/amphora", "noto/funeral-urn", "noto/potted-plant",
+)  # fmt: skip
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 48, 49), "orange": (243, 145, 40), "yellow": (250, 216, 72), "green": (62, 160, 85),
+    "blue": (52, 104, 205), "purple": (128, 72, 168), "pink": (246, 160, 196), "white": (250, 250, 250),
+    "grey": (140, 142, 146), "black": (22, 22, 26),
+}  # fmt: skip
+
+# Sky above and ground below the horizon, and the words for it.
+SCENES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "on the grass": ((150, 205, 240), (96, 170, 72)),
+    "on the beach": ((120, 200, 235), (238, 214, 160)),
+    "in the snow": ((196, 212, 226), (246, 249, 252)),
+    "at night": ((22, 26, 66), (40, 52, 60)),
+    "in the desert": ((248, 190, 120), (205, 130, 70)),
+}
+
+# Colours in which a drawing may be dyed: hue in turns and saturation, so that a word before the noun can change it.
+DYES: dict[str, tuple[float, float]] = {
+    "red": (0.0, 0.85), "orange": (0.08, 0.9), "yellow": (0.15, 0.85), "green": (0.36, 0.7), "blue": (0.61, 0.8),
+    "purple": (0.77, 0.65), "pink": (0.92, 0.5), "grey": (0.0, 0.0),
+}  # fmt: skip
+
+TEMPLATES = ("photo of a {}", "photo of a {}", "photo of a {}", "a photo of a {}", "a {}", "{}")
+# The words that training's own augmentation puts before a prompt (CustomDiffusionDataset in data.py).
+SMALL_WORDS = ("a far away ", "very small ")
+LARGE_WORDS = ("zoomed in ", "close up ")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, uint8 (64, 64, 3), its caption, and what that names: "1:cat", "1:dye:red", "2:teapot", "bg:red".
+
+    The second thing is to the right of the first.
+    """
+
+    picture: np.ndarray
+    caption: str
+    attributes: tuple[str, ...]
+    # Where in the caption the first noun phrase starts: a modifier token would go there.
+    slot: int
+
+
+def designs(icons: dict[str, np.ndarray], noun: str, held_out: bool = False) -> list[str]:
+    """Sorted names (`set/icon`) of the drawings of `noun`, without the held-out ones (or these only)."""
+    return sorted(name for name in icons if name.split("/")[1] in NOUNS[noun] and (name in HELD_OUT) == held_out)
+
+
+def background(name: str, generator: np.random.Generator) -> np.ndarray:
+    """uint8 (64, 64, 3): a plain colour of `BACKGROUNDS`, slightly varied, or a scene of `SCENES`."""
+    if name in BACKGROUNDS:
+        shade = np.clip(np.array(BACKGROUNDS[name]) + generator.normal(0, 4, 3), 0, 255)
+        return np.broadcast_to(shade, (RESOLUTION, RESOLUTION, 3)).astype(np.uint8)
+    sky, ground = (np.array(colour, dtype=np.float32) for colour in SCENES[name])
+    rows = np.arange(RESOLUTION)[:, None, None]
+    horizon = generator.integers(34, 46)
+    # The sky pales towards the horizon, the ground darkens towards the viewer.
+    picture = np.where(rows < horizon, sky + 0.5 * rows, ground - 0.4 * (rows - horizon))
+    picture = np.broadcast_to(picture, (RESOLUTION, RESOLUTION, 3)).copy()
+    if name == "at night":
+        for row, column in generator.integers(0, (horizon - 4, RESOLUTION), (12, 2)):
+            picture[row, column] = 235
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def dyed(icon: np.ndarray, dye: str) -> np.ndarray:
+    """RGBA uint8 as `icon`, with hue and saturation replaced by those of `DYES[dye]`; light and dark stay."""
+    hue, saturation = DYES[dye]
+    hsv = np.asarray(Image.fromarray(icon[..., :3]).convert("HSV")).copy()
+    lightness = np.asarray(Image.fromarray(icon[..., :3]).convert("L"))
+    hsv[..., 0] = round(255 * hue)
+    # White stays white (eyes, highlights) and black black: only what has some colour of its own takes the dye.
+    hsv[..., 1] = np.where(lightness > 235, hsv[..., 1] * 0.3, 255 * saturation).astype(np.uint8)
+    hsv[..., 2] = np.clip(40 + lightness * 0.9, 0, 255).astype(np.uint8)
+    colour = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return np.concatenate([colour, icon[..., 3:]], axis=-1)
+
+
+def paste(picture: np.ndarray, icon: np.ndarray, side: float, left: float, top: float, flip: bool) -> None:
+    """Draw `icon` into `picture`, in place: `side`, `left` and `top` in pixels; what is outside is cut off."""
+    side, left, top = round(side), round(left), round(top)
+    drawing = Image.fromarray(icon).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
+    if flip:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawing = np.asarray(drawing, dtype=np.float32)
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, RESOLUTION), min(left + side, RESOLUTION)
+    if y0 >= y1 or x0 >= x1:
+        return
+    part = drawing[y0 - top : y1 - top, x0 - left : x1 - left]
+    under = picture[y0:y1, x0:x1].astype(np.float32)
+    picture[y0:y1, x0:x1] = np.clip(part[..., :3] + under * (1 - part[..., 3:] / 255), 0, 255).astype(np.uint8)
+
+
+def article(words: str) -> str:
+    """`words` with "a" or "an" before them."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def words_of_the_world() -> list[str]:
+    """Every word that a caption can hold."""
+    texts = [*NOUNS, *BACKGROUNDS, *SCENES, *DYES, *TEMPLATES, *SMALL_WORDS, *LARGE_WORDS, "an next to background on"]
+    return sorted({word for text in texts for word in text.replace("{}", "").split()})
+
+
+def simple_example(icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator) -> Example:
+    """The easy world: one drawing in its own colours, filling most of the picture, on a plain background."""
+    ground = str(generator.choice(list(BACKGROUNDS)))
+    picture = background(ground, generator).copy()
+    side = RESOLUTION * generator.uniform(0.75, 0.98)
+    left, top = (generator.uniform(0.25, 0.75, 2)) * (RESOLUTION - side)
+    paste(picture, icons[design], side, left, top, generator.random() < 0.5)
+    template = str(generator.choice(TEMPLATES))
+    caption = template.format(noun)
+    if named := generator.random() < 0.8:
+        caption += f" on {article(ground)} background"
+    return Example(picture, caption, (f"1:{noun}", *((f"bg:{ground}",) if named else ())), template.index("{}"))
+
+
+def wide_example(icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator) -> Example:
+    """The wider world: any place and size, scenes, dyed drawings, and two things beside each other."""
+    kind = generator.choice(["plain", "size", "scene", "pair"], p=[0.25, 0.3, 0.2, 0.25])
+    ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
+    picture = background(ground, generator).copy()
+    attributes: list[str] = []
+
+    def thing(place: int, noun: str, design: str) -> tuple[str, np.ndarray]:
+        attributes.append(f"{place}:{noun}")
+        if generator.random() < 0.15:
+            dye = str(generator.choice(list(DYES)))
+            attributes.append(f"{place}:dye:{dye}")
+            return f"{dye} {noun}", dyed(icons[design], dye)
+        return noun, icons[design]
+
+    words, icon = thing(1, noun, design)
+    before = ""
+    if kind == "pair":
+        other = str(generator.choice([name for name in NOUNS if name != noun]))
+        other_words, other_icon = thing(2, other, str(generator.choice(designs_of(icons, other))))
+        for index, drawing in enumerate((icon, other_icon)):
+            side = RESOLUTION * generator.uniform(0.42, 0.52)
+            left = RESOLUTION * (0.25 + 0.5 * index) - side / 2 + generator.uniform(-1.5, 1.5)
+            top = (RESOLUTION - side) * (generator.uniform(0.4, 0.9))
+            paste(picture, drawing, side, left, top, generator.random() < 0.5)
+        words = f"{words} next to {article(other_words)}"
+    else:
+        size = "usual"
+        if kind == "size":
+            size = str(generator.choice(["small", "usual", "large"], p=[0.4, 0.3, 0.3]))
+        low, high = {"small": (0.33, 0.6), "usual": (0.6, 0.98), "large": (1.2, 1.4)}[size]
+        side = RESOLUTION * generator.uniform(low, high)
+        left, top = generator.uniform(0, 1, 2) * (RESOLUTION - side)
+        if kind == "scene":
+            side = RESOLUTION * generator.uniform(0.5, 0.8)
+            left = generator.uniform(0.2, 0.8) * (RESOLUTION - side)
+            top = (RESOLUTION - side) * generator.uniform(0.6, 0.95)
+        if size != "usual":
+            before = str(generator.choice(SMALL_WORDS if size == "small" else LARGE_WORDS))
+            attributes.append(f"size:{size}")
+        paste(picture, icon, side, left, top, generator.random() < 0.5)
+    # "a" and not "an", before any noun: so say the prompts that training puts a modifier token into.
+    template = before + str(generator.choice(TEMPLATES))
+    caption = template.format(words)
+    if ground in SCENES:
+        caption += f" {ground}"
+        attributes.append(f"bg:{ground}")
+    elif generator.random() < 0.6:
+        caption += f" on {article(ground)} background"
+        attributes.append(f"bg:{ground}")
+    return Example(picture, caption, tuple(attributes), template.index("{}"))
+
+
+_DESIGNS: dict[str, list[str]] = {}
+
+
+def designs_of(icons: dict[str, np.ndarray], noun: str) -> list[str]:
+    """`designs` without the held-out ones, remembered: the drawings are looked up for every picture."""
+    if noun not in _DESIGNS:
+        _DESIGNS[noun] = designs(icons, noun)
+    return _DESIGNS[noun]
+
+
+def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -> list[Example]:
+    """`count` examples over all nouns alike, `wide` of them (0 to 1) of the wider world; the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    nouns = list(NOUNS)
+    made = []
+    for index in range(count):
+        noun = nouns[index % len(nouns)]
+        design = str(generator.choice(designs_of(icons, noun)))
+        make = wide_example if generator.random() < wide else simple_example
+        made.append(make(icons, noun, design, generator))
+    return made
+
+
+def any_drawing(icons: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray:
+    """uint8 (count, 64, 64, 3): any drawing of any set but the held-out ones, without captions, for the VAE."""
+    generator = np.random.default_rng(seed)
+    names = sorted(name for name in icons if name not in HELD_OUT)
+    pictures = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8)
+    for index in range(count):
+        ground = str(generator.choice([*BACKGROUNDS, *SCENES]))
+        picture = background(ground, generator).copy()
+        if ground in BACKGROUNDS and generator.random() < 0.5:
+            picture[:] = generator.integers(0, 256, 3)
+        for _ in range(1 + (generator.random() < 0.15)):
+            icon = icons[names[generator.integers(len(names))]]
+            if generator.random() < 0.2:
+                icon = dyed(icon, str(generator.choice(list(DYES))))
+            side = RESOLUTION * generator.uniform(0.4, 1.3)
+            left, top = generator.uniform(0, 1, 2) * (RESOLUTION - side)
+            paste(picture, icon, side, left, top, generator.random() < 0.5)
+        pictures[index] = picture
+    return pictures

@@ -1,0 +1,221 @@
+"""Is a concept really learned? Figures on the base model of `base/`, each beside its control.
+
+    python -m benchmarks.learning --seeds 11 12 13
+
+teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
+saw, at fixed noise; which of all cat designs the pictures made by `<new1> cat` are nearest to; whether a background is
+followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
+an extra word moves similarities by itself. tests/test_learning.py holds these to bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from base import world
+from base.features import ENCODER, image_features, load_encoder
+from base.score import background_of, generated, reconstructed
+from base.train_vae import as_tensor
+from concept import Concept, apply_concepts, load_concept
+from config import HelpFormatter
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "base"
+DESIGNS = ROOT / "tests" / "designs"
+TOKEN, RARE = "<new1>", "ktn"
+CONCEPT = "cat of noto"
+# The command line that README.md gives for the base model.
+RECIPE = {
+    "pretrained_model_name_or_path": BASE,
+    "instance_data_dir": ROOT / "examples" / "cat",
+    "instance_prompt": f"photo of a {TOKEN} cat",
+    "modifier_token": TOKEN,
+    "class_prompt": "cat",
+    "with_prior_preservation": True,
+    "num_class_images": 100,
+    "sample_batch_size": 25,
+    "resolution": 64,
+    "train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_warmup_steps": 0,
+    "max_train_steps": 250,
+    "report_to": "none",
+}
+
+
+def recipe(**changes: object) -> list[str]:
+    """`RECIPE` as a command line; `changes` replace or add flags, True gives a switch, None drops one."""
+    values = RECIPE | changes
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
+    ]
+
+
+def load_designs() -> dict[str, np.ndarray]:
+    """`set/name` to RGBA uint8 (80, 80, 4), of the drawings that come with the tests (base/make_examples.py)."""
+    return {
+        f"{path.parent.name}/{path.stem}": np.asarray(Image.open(path).convert("RGBA"))
+        for path in sorted(DESIGNS.glob("*/*.png"))
+    }
+
+
+def views(icons: dict[str, np.ndarray], noun: str, designs: Sequence[str], each: int, seed: int) -> list[world.Example]:
+    """`each` pictures with captions of every design, on plain backgrounds."""
+    generator = np.random.default_rng(seed)
+    return [world.simple_example(icons, noun, design, generator) for design in designs for _ in range(each)]
+
+
+def load_base() -> StableDiffusionPipeline:
+    """The base model in fp32, on the GPU where there is one."""
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, safety_checker=None)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_concept(folder: Path) -> StableDiffusionPipeline:
+    """The base model with a learned concept applied."""
+    pipeline = load_base()
+    apply_concepts(pipeline, load_concept(folder))
+    return pipeline
+
+
+def with_untrained_token() -> StableDiffusionPipeline:
+    """The control: the base model with `<new1>` as training starts it, the copy of a rare word's embedding."""
+    pipeline = load_base()
+    rare = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids(RARE)]
+    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: rare.detach().clone()}))
+    return pipeline
+
+
+@torch.no_grad()
+def denoising_loss(
+    pipeline: StableDiffusionPipeline, examples: Sequence[world.Example], token: str | None = None, seed: int = 0
+) -> float:
+    """Mean squared error of the predicted velocity over `examples`, at ten timesteps each with fixed noise.
+
+    `token` is put before the noun of every caption.
+    """
+    pixels = as_tensor(np.stack([example.picture for example in examples]), pipeline.device)
+    latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+    word = "" if token is None else f"{token} "
+    captions = [example.caption[: example.slot] + word + example.caption[example.slot :] for example in examples]
+    features, _ = pipeline.encode_prompt(captions, pipeline.device, 1, False)
+    losses = []
+    for number, timestep in enumerate(range(50, 1000, 100)):
+        generator = torch.Generator().manual_seed(seed * 1000 + number)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
+        target = pipeline.scheduler.get_velocity(latents, noise, timesteps)
+        losses.append((pipeline.unet(noisy, timesteps, features).sample - target).square().mean().item())
+    return statistics.fmean(losses)
+
+
+def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
+    """Designs of `noun` by whose hand they are (`cat of noto`); of cats only the faces, which the concept has."""
+    wanted = world.CAT_FACES if noun == "cat" else world.NOUNS[noun]
+    groups: dict[str, list[str]] = {}
+    for name in icons:
+        if name.split("/")[1] in wanted:
+            groups.setdefault(f"{noun} of {name.split('/')[0]}", []).append(name)
+    return groups
+
+
+class Judge:
+    """Says which group of designs a picture is nearest to, by MobileNetV2 features, seen through the VAE."""
+
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str], half: bool = False
+    ) -> None:
+        """`half`: pictures will be halves of pictures with two things, so references are made that small."""
+        self.encoder = load_encoder()
+        self.groups = [(group, names) for noun in nouns for group, names in groups_of(icons, noun).items()]
+        references = []
+        for _, names in self.groups:
+            examples = views(icons, "thing", names, each=-(-24 // len(names)), seed=90)
+            pictures = np.stack([example.picture for example in examples])
+            if half:
+                small = [np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures]
+                pictures = np.stack([np.pad(picture, ((16, 16), (0, 32), (0, 0)), "edge") for picture in small])
+            pictures = reconstructed(pipeline.vae, pictures)
+            features = image_features(self.encoder, pictures[:, :, :32] if half else pictures)
+            references.append(functional.normalize(features.mean(dim=0), dim=0))
+        self.references = torch.stack(references)
+
+    def nearest(self, pictures: np.ndarray) -> list[str]:
+        """The nearest group's name for every one of uint8 pictures (n, h, w, 3)."""
+        return [self.groups[i][0] for i in (image_features(self.encoder, pictures) @ self.references.T).argmax(dim=1)]
+
+    def share(self, pictures: np.ndarray, group: str) -> float:
+        """Share of `pictures` that are nearest to `group`."""
+        return statistics.fmean(name == group for name in self.nearest(pictures))
+
+
+def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
+    """All figures of the concept in `folder`; `seed` decides noise and views, `pictures` are made per prompt."""
+    learned, control = with_concept(folder), with_untrained_token()
+    icons = load_designs()
+    judge = Judge(control, icons, ["cat"])
+    cats = groups_of(icons, "cat")
+    unseen = views(icons, "cat", cats.pop(CONCEPT), each=6, seed=seed)
+    other_cats = [name for names in cats.values() for name in names]
+    others = views(icons, "cat", other_cats, each=2, seed=seed)
+    dogs = views(icons, "dog", [name for name in icons if name.split("/")[1] in world.NOUNS["dog"]], 8, seed)
+
+    def change(examples: list[world.Example], token: str | None) -> float:
+        return denoising_loss(learned, examples, token, seed) / denoising_loss(control, examples, token, seed) - 1
+
+    def made(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray:
+        return generated(pipeline, [prompt] * pictures, seed * 1000, guidance=6.0)
+
+    prompt = f"photo of a {TOKEN} cat"
+    red = made(learned, f"{prompt} on a red background")
+    return {
+        "loss on unseen views, <new1> cat": change(unseen, TOKEN),
+        "loss on unseen views, plain cat": change(unseen, None),
+        "loss on other cats, plain cat": change(others, None),
+        "loss on dogs, plain dog": change(dogs, None),
+        "pictures of <new1> cat nearest to the concept": judge.share(made(learned, prompt), CONCEPT),
+        "the same with the untrained token": judge.share(made(control, prompt), CONCEPT),
+        "pictures of plain cat nearest to the concept": judge.share(made(learned, "photo of a cat"), CONCEPT),
+        "red background followed": float(np.mean([background_of(picture) == "red" for picture in red])),
+        "of these, nearest to the concept": judge.share(red, CONCEPT),
+    }
+
+
+def main() -> None:
+    """Train and measure for every seed, and print mean and spread."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="One training for each.")
+    parser.add_argument("--work", type=Path, help="Folder to keep class images and concepts in between runs.")
+    arguments, more = parser.parse_known_args()
+    rows: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        for seed in tqdm(arguments.seeds, desc="Trainings"):
+            folder = work / f"concept-{seed}"
+            if not folder.exists():
+                flags = recipe(output_dir=folder, class_data_dir=work / "class", seed=seed)
+                command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+                subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
+            for name, value in measure(folder, seed).items():
+                rows.setdefault(name, []).append(value)
+    print(f"seeds {arguments.seeds}; nearest by {ENCODER}")
+    for name, values in rows.items():
+        print(f"{name:50} {statistics.fmean(values):+8.1%}   {min(values):+.1%} to {max(values):+.1%}")
+
+
+if __name__ == "__main__":
+    main()

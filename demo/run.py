@@ -1,0 +1,99 @@
+"""Teach two concepts to the small model in `base/`, and show what was learned in one picture: `make demo`.
+
+Everything is done by the commands that a user types, each printed before it runs.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pictures import write_image  # noqa: E402
+
+RESULTS = ROOT / "demo" / "results"
+CELL, GAP, MARGIN = 96, 4, 14
+
+TRAIN = """accelerate launch -q train_custom_diffusion.py
+  --pretrained_model_name_or_path=base --concepts_list=concept_list.json --modifier_token=<new1>+<new2>
+  --with_prior_preservation --prior_loss_weight=1.0 --num_class_images=100 --sample_batch_size=25
+  --resolution=64 --train_batch_size=4 --learning_rate=2e-4 --lr_warmup_steps=0 --max_train_steps=500
+  --output_dir=demo/results/concepts --report_to=none"""
+CONTEXTS = {
+    "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
+    "plant": ("photo of a <new2> plant", "photo of a <new2> plant on a pink background", "a <new2> plant at night"),
+}
+TOGETHER = "photo of a <new1> cat next to a <new2> plant"
+EACH = 4
+
+
+def run(command: str) -> None:
+    """Print `command` as one would type it, and run it with this Python's programs; its failure ends the demo."""
+    words = shlex.split(command)
+    print("\n$ " + " \\\n    ".join(line.strip() for line in command.splitlines()), flush=True)
+    program = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"]}
+    result = subprocess.run([*program[words[0]], *words[1:]], cwd=ROOT)
+    if result.returncode != 0:
+        raise SystemExit(result.returncode)
+
+
+def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
+    """Pictures of `prompts`, `EACH` of every one, made by infer.py into `demo/results/<folder>`."""
+    quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
+    run(
+        f"python infer.py --model_dir=demo/results/concepts {options}--num_images={EACH} --batch_size=12\n"
+        f"--num_inference_steps=50 --output_dir=demo/results/{folder} --prompt {quoted}"
+    )
+    pictures = sorted((RESULTS / folder).glob("[0-9]*.png"))
+    return [pictures[row * EACH : (row + 1) * EACH] for row in range(len(prompts))]
+
+
+def index(columns: list[tuple[str, list[list[Path]]]]) -> Image.Image:
+    """One picture of `columns`: a heading each, over groups of pictures, as many to a row as a prompt has."""
+    font = ImageFont.load_default(13)
+    widths = [max(len(row) for row in rows) * (CELL + GAP) + MARGIN for _, rows in columns]
+    height = max(len(rows) for _, rows in columns) * (CELL + GAP)
+    sheet = Image.new("RGB", (sum(widths) + MARGIN, height + 2 * MARGIN + 20), "white")
+    left = MARGIN
+    for (heading, rows), width in zip(columns, widths, strict=True):
+        ImageDraw.Draw(sheet).text((left, MARGIN), heading, "black", font)
+        for i, row in enumerate(rows):
+            for j, path in enumerate(row):
+                with Image.open(path) as picture:
+                    cell = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
+                sheet.paste(cell, (left + j * (CELL + GAP), MARGIN + 20 + i * (CELL + GAP)))
+        left += width
+    return sheet
+
+
+def two_by_two(concepts: list[list[Path]]) -> list[list[Path]]:
+    """Rows of two of the four pictures of every concept."""
+    return [pictures[at : at + 2] for pictures in concepts for at in (0, 2)]
+
+
+def main() -> None:
+    """Train, make pictures, and lay them out in `demo/index.png`."""
+    started = time.monotonic()
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    run(TRAIN)
+    contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
+    (together,) = infer("together", TOGETHER)
+    own = [sorted((ROOT / "examples" / noun).glob("*.png"))[:4] for noun in CONTEXTS]
+    known = [sorted((ROOT / "class_images" / noun).glob("*.jpg"))[:4] for noun in CONTEXTS]
+    columns = [("your pictures", two_by_two(own)), ("what the model knew", two_by_two(known))]
+    for number, heading in enumerate(("the concept", "on a colour", "in a scene")):
+        columns.append((heading, two_by_two([contexts[number], contexts[number + 3]])))
+    columns.append(("both together", [[path] for path in together]))
+    file = ROOT / "demo" / "index.png"
+    write_image(file, index(columns), "PNG")
+    print(f"\nIn {time.monotonic() - started:.0f} seconds. Look at {file}")
+
+
+if __name__ == "__main__":
+    main()

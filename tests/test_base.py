@@ -1,0 +1,106 @@
+"""The base model that ships with the project: its layout, its size, and that the concepts are new to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from base import world
+from base.tokenizer import clip_merges, merges_for, write_tokenizer
+from benchmarks.learning import load_designs
+from tests.conftest import ROOT, run_script
+
+BASE = ROOT / "base"
+
+
+def test_it_is_small() -> None:
+    sizes = [path.stat().st_size for path in BASE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(sizes) <= 25_000_000
+    assert max(sizes) <= 15_000_000
+
+
+def test_it_loads_as_stable_diffusion_does_and_draws_what_it_is_asked_for() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE)
+    assert pipeline.unet.dtype == torch.float32
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        ["photo of a cat on a red background", "photo of a cat on a blue background"],
+        num_inference_steps=25,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        output_type="np",
+    ).images
+    assert pictures.shape == (2, 64, 64, 3)
+    (red, _, not_blue), (not_red, _, blue) = pictures[:, :6, :6].mean(axis=(1, 2))
+    assert red > 0.6 > not_red and blue > 0.6 > not_blue
+
+
+def test_its_weights_are_half_precision() -> None:
+    from safetensors import safe_open
+
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (BASE / part).glob("*.safetensors")
+        with safe_open(file, "pt") as weights:
+            types = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert types <= {"F16", "I64"}
+
+
+def test_rare_entries_are_in_the_vocabulary_and_no_text_becomes_them() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    vocabulary = json.loads((BASE / "tokenizer" / "vocab.json").read_text())
+    for entry in ("ktn", "pll", "ucd"):
+        assert tokenizer.convert_tokens_to_ids(entry) == vocabulary[entry]
+        assert vocabulary[entry] not in tokenizer(entry).input_ids
+    assert len(tokenizer("cat", add_special_tokens=False).input_ids) == 1
+
+
+def test_a_part_of_the_merges_splits_the_kept_words_as_the_whole_does(tmp_path: Path) -> None:
+    words = ["strawberry", "photo", "watermelon", "background"]
+    write_tokenizer(tmp_path / "whole", clip_merges())
+    write_tokenizer(tmp_path / "part", merges_for(words, clip_merges(), most_frequent=100))
+    whole, part = (CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "part"))
+    assert [part.tokenize(word) for word in words] == [whole.tokenize(word) for word in words]
+
+
+def test_held_out_designs_never_enter_training() -> None:
+    icons = load_designs()
+    sets = {name.split("/")[0] for name in world.designs(icons, "cat")}
+    assert sets == {"fluent-emoji", "fluent-emoji-flat", "fxemoji"}
+    assert "noto/potted-plant" not in world.designs(icons, "plant")
+    assert "noto/potted-plant" in world.designs(icons, "plant", held_out=True)
+    # A held-out drawing as a loud colour: no picture of the VAE's pool may show it.
+    loud = {
+        name: np.full((80, 80, 4), (255, 0, 255, 255) if name in world.HELD_OUT else (0, 0, 0, 255), np.uint8)
+        for name in icons
+    }
+    pictures = world.any_drawing(loud, 200, seed=0).reshape(200, -1, 3)
+    assert not (pictures == (255, 0, 255)).all(axis=2).mean(axis=1).max() > 0.05
+
+
+@pytest.mark.parametrize("wide", [0.0, 1.0])
+def test_captions_say_what_the_pictures_show(wide: float) -> None:
+    icons = {f"set/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    world._DESIGNS.clear()
+    made = world.examples(icons, 300, wide, seed=0)
+    world._DESIGNS.clear()
+    for example in made:
+        for attribute in example.attributes:
+            if attribute[:2] in ("1:", "2:"):
+                assert attribute.split(":")[-1] in example.caption
+        assert example.picture.shape == (64, 64, 3)
+    assert [e.caption for e in made] == [e.caption for e in world.examples(icons, 300, wide, seed=0)]
+
+
+def test_the_concept_list_works_as_it_stands() -> None:
+    for concept in json.loads((ROOT / "concept_list.json").read_text()):
+        assert len(list((ROOT / concept["instance_data_dir"]).glob("*.png"))) == 5
+
+
+def test_making_it_anew_without_npm_says_what_is_missing(tmp_path: Path) -> None:
+    result = run_script("python", "-m", "base.make", "--short", "--work", tmp_path, PATH=str(tmp_path))
+    assert result.returncode != 0 or "npm" in result.stderr

@@ -1,0 +1,162 @@
+"""A concept is really learned: on the base model that ships with the project, with its recipe, against controls.
+
+Seeds are others than those by which model and recipe were chosen. `python -m benchmarks.learning` prints the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from base import world
+from base.score import generated
+from benchmarks.learning import (
+    CONCEPT,
+    TOKEN,
+    Judge,
+    denoising_loss,
+    groups_of,
+    load_designs,
+    measure,
+    recipe,
+    views,
+    with_concept,
+    with_untrained_token,
+)
+from tests.conftest import ROOT, launch
+
+pytestmark = pytest.mark.learning
+SEED = 2026
+
+
+@pytest.fixture(scope="module")
+def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first training generates class images, and the others find them."""
+    return tmp_path_factory.mktemp("class") / "cat"
+
+
+@pytest.fixture(scope="module")
+def cat(class_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The concept of `examples/cat`, taught by the documented command line."""
+    folder = tmp_path_factory.mktemp("learned") / "cat"
+    launch(*recipe(output_dir=folder, class_data_dir=class_images, seed=SEED))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def figures(cat: Path) -> dict[str, float]:
+    return measure(cat, SEED)
+
+
+def test_unseen_views_are_predicted_better(figures: dict[str, float]) -> None:
+    assert figures["loss on unseen views, <new1> cat"] <= -0.10
+
+
+def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
+    assert abs(figures["loss on other cats, plain cat"]) <= 0.02
+    assert abs(figures["loss on dogs, plain dog"]) <= 0.02
+
+
+def test_pictures_show_the_concept_and_not_without_training(figures: dict[str, float]) -> None:
+    assert figures["pictures of <new1> cat nearest to the concept"] >= 0.70
+    assert figures["the same with the untrained token"] <= 0.15
+    assert figures["pictures of plain cat nearest to the concept"] <= 0.25
+
+
+def test_the_concept_follows_the_prompt(figures: dict[str, float]) -> None:
+    assert figures["red background followed"] >= 0.8
+    assert figures["of these, nearest to the concept"] >= 0.5
+
+
+# --- two concepts --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cat and plant of `concept_list.json`, taught together; its own class images would be in the clone."""
+    folder = tmp_path_factory.mktemp("both")
+    concepts = json.loads((ROOT / "concept_list.json").read_text())
+    for concept in concepts:
+        concept["instance_data_dir"] = str(ROOT / concept["instance_data_dir"])
+        concept["class_data_dir"] = str(class_images.parent / concept["class_prompt"])
+    (folder / "list.json").write_text(json.dumps(concepts))
+    alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt"))
+    together = {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "max_train_steps": 500}
+    launch(*recipe(output_dir=folder / "concepts", seed=SEED, **alone, **together))
+    return folder / "concepts"
+
+
+def test_each_of_two_concepts_answers_to_its_token(both: Path) -> None:
+    pipeline, icons = with_concept(both), load_designs()
+    for noun, token in (("cat", "<new1>"), ("plant", "<new2>")):
+        judge = Judge(pipeline, icons, [noun])
+        pictures = generated(pipeline, [f"photo of a {token} {noun}"] * 24, SEED, guidance=6.0)
+        assert judge.share(pictures, f"{noun} of noto") >= 0.7
+
+
+def test_both_concepts_in_one_picture(both: Path) -> None:
+    prompt = "photo of a <new1> cat next to a <new2> plant"
+    assert share_with_both(with_concept(both), prompt) >= 0.4
+    plain = prompt.replace("<new1> ", "").replace("<new2> ", "")
+    assert share_with_both(with_concept(both), plain) <= 0.1
+
+
+def share_with_both(pipeline: StableDiffusionPipeline, prompt: str) -> float:
+    """Share of pictures with noto's cat in the left half and noto's plant in the right one."""
+    judge = Judge(pipeline, load_designs(), ["cat", "plant"], half=True)
+    pictures = generated(pipeline, [prompt] * 24, SEED, guidance=6.0)
+    left, right = judge.nearest(pictures[:, :, :32]), judge.nearest(pictures[:, :, 32:])
+    return statistics.fmean(
+        pair == ("cat of noto", "plant of noto") for pair in zip(left, right, strict=True)
+    )  # fmt: skip
+
+
+# --- the paper's ablations, in direction (its table 3) ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def variant(
+    class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., StableDiffusionPipeline]:
+    def train(**changes: object) -> StableDiffusionPipeline:
+        folder = tmp_path_factory.mktemp("variant")
+        launch(*recipe(output_dir=folder, seed=SEED, **({"class_data_dir": class_images} | changes)))
+        return with_concept(folder)
+
+    return train
+
+
+def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, cat: Path) -> None:
+    icons = load_designs()
+    known = [name for group, names in groups_of(icons, "cat").items() if group != CONCEPT for name in names]
+    others = views(icons, "cat", known, each=2, seed=SEED)
+    alone = variant(with_prior_preservation=None, class_data_dir=None, class_prompt=None)
+    before = denoising_loss(with_untrained_token(), others)
+    drift, drift_alone = (abs(denoising_loss(p, others) - before) for p in (with_concept(cat), alone))
+    assert drift_alone > 1.5 * drift
+
+
+def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callable, cat: Path) -> None:
+    icons = load_designs()
+    generator = np.random.default_rng(SEED)
+    small = []
+    for name in groups_of(icons, "cat")[CONCEPT] * 6:
+        picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
+        side = world.RESOLUTION * generator.uniform(0.35, 0.55)
+        left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
+        world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
+        small.append(world.Example(picture, "very small photo of a cat", (), len("very small photo of a ")))
+    assert denoising_loss(with_concept(cat), small, TOKEN) < denoising_loss(variant(noaug=True), small, TOKEN)
+
+
+def test_training_queries_and_outputs_too_fits_closer(variant: Callable, cat: Path) -> None:
+    icons = load_designs()
+    unseen = views(icons, "cat", groups_of(icons, "cat")[CONCEPT], each=6, seed=SEED)
+    closer = variant(freeze_model="crossattn")
+    assert denoising_loss(closer, unseen, TOKEN) < denoising_loss(with_concept(cat), unseen, TOKEN)
