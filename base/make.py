@@ -5,6 +5,7 @@ every stage runs for a few steps, which proves that it runs and leaves `base/` a
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,14 @@ from base.emoji import load_icons
 from base.score import generated, scores
 
 # Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
-FULL = {"vae": 11_000, "text_encoder": 2_500, "unet": 7_500, "decoder": 6_000, "pool": 60_000}
+FULL = {"vae": 20_000, "text_encoder": 1_500, "unet": 7_500, "decoder": 6_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
+LOGS = {
+    "VAE, squared error": ("vae", "squared_error"),
+    "text encoder, attributes": ("text", "attributes"),
+    "UNet, velocity": ("unet", "loss"),
+    "decoder, squared error": ("vae/decoder", "squared_error"),
+}
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
@@ -53,6 +60,21 @@ def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
     sheet.save(file)
 
 
+def loss_curves(work: Path, file: Path) -> None:
+    """One plot per training, of its first logged loss over its steps."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise RuntimeError("the loss curves are drawn by matplotlib: pip install -r requirements-base.txt") from error
+
+    figure, axes = pyplot.subplots(1, len(LOGS), figsize=(12, 2.6), layout="constrained")
+    for axis, (title, (folder, name)) in zip(axes, LOGS.items(), strict=True):
+        lines = [json.loads(line) for line in (work / folder / "log.jsonl").read_text().splitlines()]
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines])
+        axis.set(title=title, xlabel="step", yscale="log")
+    figure.savefig(file, dpi=80)
+
+
 def main() -> None:
     """Run what is missing of all stages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,6 +99,7 @@ def main() -> None:
     model = work / "model"
     assemble(work, model)
     sample_sheet(model, work / "samples.png")
+    loss_curves(work, work / "losses.png")
     for name, value in scores(model, icons, each=1 if arguments.short else 16, seed=1000).items():
         print(name, value)
     if not arguments.short:
@@ -84,7 +107,8 @@ def main() -> None:
             shutil.rmtree(Path("base") / part, ignore_errors=True)
             shutil.copytree(model / part, Path("base") / part)
         shutil.copy(model / "model_index.json", "base/model_index.json")
-        shutil.copy(work / "samples.png", "base/samples.png")
+        for picture in ("samples.png", "losses.png"):
+            shutil.copy(work / picture, Path("base") / picture)
     print(f"the model is in {model if arguments.short else 'base'}")
 
 

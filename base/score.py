@@ -105,7 +105,7 @@ def scores(model: Path, icons: dict[str, np.ndarray], each: int, seed: int) -> d
         "VAE on held-out pictures, PSNR in dB": float(signal.mean()),
         "nouns, real pictures through the VAE": real_share,
         "nouns, generated": float(right.mean()),
-        "nouns, generated over real": float(right.mean()) / real_share,
+        "nouns, generated over real": float(right.mean()) / max(real_share, 1e-9),
         "background colour followed": float(np.mean([a == b for a, b in zip(colours, followed, strict=True)])),
         "hardest nouns": dict(sorted(by_noun.items(), key=lambda item: item[1])[:8]),
     }

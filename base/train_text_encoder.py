@@ -16,7 +16,7 @@ from base import world
 from base.progress import Training, device, learning_rate
 from base.tokenizer import RARE_ENTRIES, clip_merges, merges_for, write_tokenizer
 
-BATCH_SIZE = 256
+BATCH_SIZE = 128
 # Enough for two modifier tokens, a size and a background; a third of the cross-attention that 77 would cost.
 MAX_LENGTH = 32
 # Some words of README's prompts that the world does not know, so that they are not spelled out in letters.
@@ -101,9 +101,10 @@ def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 30
             fillers.append(-1 if filler is None else filler)
             ids.append(token_ids(tokenizer, captions[index].caption, captions[index].slot, filler))
             named[row, [vocabulary[name] for name in captions[index].attributes]] = 1
-        attributes, word, right = objective(
-            torch.tensor(ids, device=on), named.to(on), torch.tensor(fillers, device=on)
-        )
+        # Nothing after the end token can change its features: the longest caption decides the length.
+        longest = max(row.index(tokenizer.eos_token_id) for row in ids) + 1
+        batch = torch.tensor(ids, device=on)[:, :longest], named.to(on), torch.tensor(fillers, device=on)
+        attributes, word, right = objective(*batch)
         (attributes + 0.3 * word).backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()

@@ -1,5 +1,8 @@
 """The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base import world
 from base.progress import Training, autocast, device, learning_rate
-from base.train_text_encoder import token_ids
+from base.train_text_encoder import MAX_LENGTH
 from base.train_vae import LATENT_CHANNELS, as_tensor
 
 BATCH_SIZE = 64
@@ -76,14 +79,31 @@ class Denoising(torch.nn.Module):
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), target)
 
 
-def caption_ids(tokenizer: CLIPTokenizer, example: world.Example, generator: np.random.Generator) -> list[int]:
-    """Token ids of the caption, sometimes of none at all, sometimes with an unknown word before the noun."""
-    dice = generator.random()
-    if dice < UNCONDITIONAL:
-        return token_ids(tokenizer, "", 0)
-    # Any entry but the two special ones, which come last.
-    filler = int(generator.integers(0, len(tokenizer) - 2)) if dice > 1 - UNKNOWN_WORD else None
-    return token_ids(tokenizer, example.caption, example.slot, filler)
+@dataclass(frozen=True)
+class SplitCaption:
+    """Token ids of a caption before and after the place where a modifier token would be."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: CLIPTokenizer, example: world.Example) -> SplitCaption:
+        """Split and tokenise once: a caption is drawn many times."""
+        parts = example.caption[: example.slot], example.caption[example.slot :]
+        return cls(*(tokenizer(part, add_special_tokens=False).input_ids for part in parts))
+
+    def ids(self, generator: np.random.Generator, vocabulary: int) -> list[int]:
+        """MAX_LENGTH ids: sometimes of no caption at all, sometimes with an unknown word before the noun."""
+        # The two special tokens come last in the vocabulary.
+        start, end = vocabulary - 2, vocabulary - 1
+        dice = generator.random()
+        words = [*self.before, *self.after]
+        if dice < UNCONDITIONAL:
+            words = []
+        elif dice > 1 - UNKNOWN_WORD:
+            words = [*self.before, int(generator.integers(0, start)), *self.after]
+        ids = [start, *words][: MAX_LENGTH - 1]
+        return [*ids, *[end] * (MAX_LENGTH - len(ids))]
 
 
 def train(
@@ -113,21 +133,22 @@ def train(
     for step in training:
         if phase != (now := "easy" if step < easy_share * steps else "wide"):
             phase = now
-            examples = world.examples(
-                icons, pool, wide=0.0 if phase == "easy" else 0.7, seed=5 if phase == "easy" else 6
-            )
+            # The easy world has fewer pictures that differ.
+            count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.75, 6)
+            examples = world.examples(icons, count, wide, seed)
+            captions = [SplitCaption.of(tokenizer, example) for example in examples]
             means, deviations = encoded(vae, examples, on)
         generator = np.random.default_rng((7, step))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak=1.2e-3)
         chosen = generator.integers(0, len(examples), BATCH_SIZE)
-        ids = [caption_ids(tokenizer, examples[index], generator) for index in chosen]
+        ids = [captions[index].ids(generator, len(tokenizer)) for index in chosen]
         draw = torch.Generator().manual_seed(step)
         noise, resample = torch.randn((2, BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=draw).to(on)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=draw).to(on)
         rows = torch.from_numpy(chosen).to(on)
         latents = means[rows].float() + deviations[rows].float() * resample
-        with torch.no_grad():
+        with torch.no_grad(), autocast(on):
             features = text_encoder(torch.tensor(ids, device=on)).last_hidden_state
         with autocast(on):
             loss = objective(latents.contiguous(memory_format=torch.channels_last), noise, timesteps, features)

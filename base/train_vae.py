@@ -133,14 +133,23 @@ def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 6
 def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold mean and deviation of each latent channel into the convolutions around the latents.
 
-    Afterwards every channel has mean 0 and deviation 1 over `pictures`, which is what the UNet's noise has.
+    Afterwards every channel that tells something of `pictures` has mean 0 and deviation 1 over them, which is what the
+    UNet's noise has. Channels that the KL term has left as mere noise become constant zeros, which cost the UNet
+    nothing.
     """
     on = next(vae.parameters()).device
-    means = torch.cat([vae.encode(as_tensor(part, on)).latent_dist.mean for part in np.array_split(pictures, 32)])
-    mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
-    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
-    weight[:LATENT_CHANNELS] /= deviation[:, None, None, None]
-    bias[:LATENT_CHANNELS] = (bias[:LATENT_CHANNELS] - mean) / deviation
-    bias[LATENT_CHANNELS:] -= 2 * deviation.log()
+    posteriors = [vae.encode(as_tensor(part, on)).latent_dist for part in np.array_split(pictures, 32)]
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    signal = means.var(dim=(0, 2, 3))
+    noise = torch.cat([posterior.var for posterior in posteriors]).mean(dim=(0, 2, 3))
+    mean, deviation = means.mean(dim=(0, 2, 3)), (signal + noise).sqrt()
+    silent = noise > signal
+    weight, bias, count = vae.quant_conv.weight, vae.quant_conv.bias, LATENT_CHANNELS
+    weight[:count] /= deviation[:, None, None, None]
+    bias[:count] = (bias[:count] - mean) / deviation
+    bias[count:] -= 2 * deviation.log()
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.post_quant_conv.weight *= deviation[None, :, None, None]
+    weight[:count][silent], bias[:count][silent] = 0.0, 0.0
+    weight[count:][silent], bias[count:][silent] = 0.0, -12.0
+    vae.post_quant_conv.weight[:, silent] = 0.0

@@ -35,6 +35,7 @@ def home(base_model: Path, tmp_path: Path) -> Path:
     """A folder as a user has it after cloning and collecting pictures."""
     for path in [*ROOT.glob("*.py"), ROOT / "concept_list.json"]:
         (tmp_path / path.name).symlink_to(path)
+    draw_pictures(tmp_path / "data" / "cat", 4)
     for concept in json.loads((ROOT / "concept_list.json").read_text()):
         draw_pictures(tmp_path / concept["instance_data_dir"], 4)
         class_dir = tmp_path / concept["class_data_dir"]
@@ -66,7 +67,7 @@ def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path) -> N
 
 def test_the_readmes_commands_for_several_concepts(home: Path, base_model: Path) -> None:
     (commands,) = blocks(README, "bash", "concept_list.json")
-    shutil.rmtree(home / "real_reg")  # generated class images this time
+    shutil.rmtree(home / "class_images")  # generated class images this time
     run_block(f"MODEL_NAME={base_model}\n{commands}", home, str(base_model))
     assert list(load_concept(home / "two-concepts").tokens) == ["<new1>", "<new2>"]
     assert len(list((home / "samples").glob("0*.png"))) == 1
