@@ -523,6 +523,10 @@ def swap_attention_processors(unet: UNet2DConditionModel, train_q_out: bool, use
         attention = unet.get_submodule(name.removesuffix(".processor"))
         if name.endswith("attn2.processor"):
             processors[name] = CustomDiffusionAttnProcessor(attention, train_q_out, use_xformers)
+            # The copies do their work: the originals would only take memory.
+            attention.to_k = attention.to_v = None
+            if train_q_out:
+                attention.to_q, attention.to_out[0] = None, nn.Identity()
         elif use_xformers:
             processors[name] = XFormersAttnProcessor()
     unet.set_attn_processor(processors)
@@ -599,12 +603,17 @@ class CustomDiffusion(nn.Module):
         """Every parameter that is trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Hold all that is not trained in ``dtype``; what is trained stays float32."""
+    def cast_frozen(self, dtype: torch.dtype, channels_last: bool = False) -> None:
+        """Hold all that is not trained in ``dtype``; what is trained stays float32.
+
+        Args:
+            channels_last: lay the weights of convolutions out as tensor cores want them.
+        """
         for parameter in self.parameters():
             if not parameter.requires_grad and parameter.dtype != dtype:
                 original = parameter.data
-                parameter.data = original.to(dtype)
+                layout = torch.channels_last if channels_last and original.ndim == 4 else torch.preserve_format
+                parameter.data = original.to(dtype, memory_format=layout)
                 release_pages(original)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -615,9 +624,9 @@ class CustomDiffusion(nn.Module):
             enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
             (enable or self.text_encoder.gradient_checkpointing_enable)()
 
-    def compile(self) -> None:
-        """Let torch compile the UNet's part of the forward pass; pictures are made with the UNet as it is."""
-        self.predict = torch.compile(self.unet.forward)
+    def compile(self, **options: Any) -> None:
+        """Let ``torch.compile`` (``options``) do the UNet's part; pictures are made with the UNet as it is."""
+        self.predict = torch.compile(self.unet.forward, **options)
 
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
         """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
@@ -1035,7 +1044,8 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
         use_xformers=args.enable_xformers_memory_efficient_attention,
         prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
     )
-    model.cast_frozen(compute_type(accelerator))
+    # On CPUs it makes no difference (benchmarks/README.md).
+    model.cast_frozen(compute_type(accelerator), channels_last=accelerator.device.type == "cuda")
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
