@@ -272,6 +272,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 "--enable_xformers_memory_efficient_attention needs a CUDA GPU, and there is none: leave it out"
             )
         _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "requirements-xformers.txt")
+    if args.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        parser.error("--torch_compile needs the compiler g++, or another that the variable CXX names")
     if args.use_8bit_adam:
         _require(parser, "bitsandbytes", "--use_8bit_adam", "requirements-8bit.txt")
     trackers = {
@@ -624,7 +626,7 @@ class CustomDiffusion(nn.Module):
             enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
             (enable or self.text_encoder.gradient_checkpointing_enable)()
 
-    def compile(self, **options: Any) -> None:
+    def compile_unet(self, **options: Any) -> None:
         """Let ``torch.compile`` (``options``) do the UNet's part; pictures are made with the UNet as it is."""
         self.predict = torch.compile(self.unet.forward, **options)
 
@@ -1050,7 +1052,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.torch_compile:
-        model.compile()
+        model.compile_unet()
     return model
 
 

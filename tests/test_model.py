@@ -215,7 +215,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base_model: Path) -> No
 def test_compiling_gives_the_same_gradients(base_model: Path) -> None:
     # Graphs are captured forwards and backwards as for inductor, whose own part takes minutes even on this model.
     plain, compiled = load(base_model), load(base_model)
-    compiled.compile(backend="aot_eager", fullgraph=True)
+    compiled.compile_unet(backend="aot_eager", fullgraph=True)
     for model in (plain, compiled):
         model.enable_gradient_checkpointing()
         model.train()
