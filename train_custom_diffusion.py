@@ -272,6 +272,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 "--enable_xformers_memory_efficient_attention needs a CUDA GPU, and there is none: leave it out"
             )
         _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "requirements-xformers.txt")
+    if args.keep_latents and args.no_latent_cache:
+        parser.error("--keep_latents has nothing to keep with --no_latent_cache: leave one of them out")
     if args.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         parser.error("--torch_compile needs the compiler g++, or another that the variable CXX names")
     if args.use_8bit_adam:

@@ -202,6 +202,16 @@ def test_without_the_cache_the_vae_stays(
     assert not run.dataset.posteriors
 
 
+def test_torch_compile_leaves_the_model_as_it_is_for_pictures(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    argv = command(base_model, tmp_path, "out", validation_prompt="<new1>", num_validation_images=1)
+    compiled, plain = (start(argv + flag) for flag in (["--torch_compile"], ["--torch_compile=False", "--overwrite"]))
+    assert compiled.module.predict != compiled.module.unet.forward, "compiled when it is first called"
+    assert plain.module.predict == plain.module.unet.forward
+    assert train_custom_diffusion.validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
+
+
 # --- captions ------------------------------------------------------------------------------------
 
 
