@@ -147,10 +147,11 @@ def _exchange(
 def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: AutoencoderKL) -> dict[View, str]:
     """A name for each view's posterior that differs wherever the posterior may."""
     digest = hashlib.sha256()
+    # The weights are in the type that they compute in.
     for tensor in [*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()]:
         digest.update(_bytes(tensor))
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    shared = [digest.hexdigest(), settings, str(vae.dtype), vae.device.type, dataset.size]
+    shared = [digest.hexdigest(), settings, vae.device.type, dataset.size]
     shared += [torch.__version__, diffusers.__version__]
     names, pictures = {}, {}
     for view in views:

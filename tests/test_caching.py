@@ -55,7 +55,9 @@ def learned(folder: Path) -> torch.Tensor:
 def losses(folder: Path) -> np.ndarray:
     events = EventAccumulator(str(folder / "logs" / "custom-diffusion"))
     events.Reload()
-    return np.array([event.value for event in events.Scalars("loss")])
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == list(range(1, len(scalars) + 1))
+    return np.array([event.value for event in scalars])
 
 
 # --- what is learned -----------------------------------------------------------------------------
@@ -365,12 +367,14 @@ def test_latents_of_another_vae_size_or_type_are_not_used(
 def test_losses_that_are_read_later_are_logged_at_their_steps(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
-    train_here(command(base_model, tmp_path, "each", max_train_steps=7, report_to="tensorboard"))
-    run = start(command(base_model, tmp_path, "later", max_train_steps=7, report_to="tensorboard"))
+    more = {"max_train_steps": 7, "checkpointing_steps": 5, "report_to": "tensorboard"}
+    train_here(command(base_model, tmp_path, "each", **more))
+    run = start(command(base_model, tmp_path, "later", **more))
     train(run, first_step=0, read_every=3)
     run.accelerator.end_training()
     assert len(losses(tmp_path / "each")) == 7
     assert np.array_equal(losses(tmp_path / "later"), losses(tmp_path / "each"))
+    assert torch.equal(learned(tmp_path / "later" / "checkpoint-5"), learned(tmp_path / "each" / "checkpoint-5"))
 
 
 def test_a_broken_loss_is_found_before_the_next_checkpoint(
