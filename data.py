@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +267,36 @@ class PromptDataset(Dataset):
         return {"prompt": self.prompt, "index": self.numbers[index]}
 
 
+@dataclass(frozen=True)
+class View:
+    """How a picture is shown: all that decides its pixels.
+
+    Attributes:
+        path: of the picture.
+        flip: whether it is mirrored.
+        scale: side in pixels of an instance picture's centre square; None for a class image, which is cropped to a
+            square of its shorter side and fills the canvas.
+        top, left: where it lies on the canvas, or is cropped, in parts of the room that there is: at least 0, below 1.
+    """
+
+    path: Path
+    flip: bool
+    scale: int | None
+    top: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an item of the stream is made of; the class image is None without prior preservation."""
+
+    instance: View
+    instance_prompt: str
+    class_image: View | None
+    class_prompt: str
+    noise_seed: int
+
+
 class CustomDiffusionDataset(Dataset):
     """Instance pictures (and class images beside them) with their prompts, augmented and tokenised.
 
@@ -281,6 +314,13 @@ class CustomDiffusionDataset(Dataset):
         hflip: mirror half of the pictures.
         aug: the resize augmentation of the paper's appendix, with its prompt words.
         seed: seed of the order and of every sample.
+        variants: how many augmentations of each instance picture there are to draw from; a class image then has one
+            random crop, and another when it is mirrored. None: no two samples are alike.
+
+    Attributes:
+        posteriors: what :func:`caching.encode_views` gives; samples then have posteriors in place of pixels.
+        text_features: what :func:`caching.encode_captions` gives, for ``"instance"`` or ``"class"`` prompts; samples
+            then have these in place of their ids.
     """
 
     def __init__(
@@ -294,6 +334,7 @@ class CustomDiffusionDataset(Dataset):
         hflip: bool = False,
         aug: bool = True,
         seed: int = 42,
+        variants: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.size = size
@@ -302,9 +343,14 @@ class CustomDiffusionDataset(Dataset):
         self.flip_probability = 0.5 if hflip else 0.0
         self.aug = aug
         self.seed = seed
+        self.variants = variants
         self.instance_images = instance_images
         self.class_images = class_images
+        self.posteriors: dict[View, Tensor] = {}
+        self.text_features: dict[str, dict[str, Tensor]] = {}
         self._order_of: tuple[int, np.ndarray] | None = None
+        self._last_image: tuple[Path, Image.Image] | None = None
+        self._ids_of: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return max(len(self.instance_images), len(self.class_images))
@@ -314,36 +360,35 @@ class CustomDiffusionDataset(Dataset):
             self._order_of = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self)))
         return self._order_of[1]
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """One sample.
-
-        Returns:
-            ``instance_images`` (3, size, size) in [-1, 1], grey outside of a picture that was made smaller;
-            ``mask`` (mask_size, mask_size), 1 where the latents show the picture; ``instance_prompt_ids``
-            (model_max_length,); with prior preservation ``class_images``, ``class_mask`` (all ones) and
-            ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
-        """
+    def draw(self, position: int) -> Sample:
+        """Decide what an item is made of; no picture is read for it."""
         epoch, sample = divmod(position, len(self))
         index = int(self._order(epoch)[sample])
         random = np.random.default_rng((self.seed, epoch, index))
-        path, prompt = self.instance_images[index % len(self.instance_images)]
-        image = load_image(path)
-        if random.random() < self.flip_probability:
-            image = ImageOps.mirror(image)
-        scale, words = self._draw_scale(random)
-        pixels, mask = self.preprocess(image, scale, random)
-        example = {
-            "instance_images": pixels,
-            "mask": mask,
-            "instance_prompt_ids": self._tokenize(words + prompt),
-            "noise_seed": int(random.integers(2**63)),
-        }
+        noise_seed = int(random.integers(2**63))
+        # The class image first: it is then the same with and without variants, where it has but one crop.
+        class_image, class_prompt = None, ""
         if self.class_images:
-            path, prompt = self.class_images[index % len(self.class_images)]
-            example["class_images"] = self._preprocess_class_image(load_image(path), random)
-            example["class_mask"] = torch.ones_like(mask)
-            example["class_prompt_ids"] = self._tokenize(prompt)
-        return example
+            number = index % len(self.class_images)
+            path, class_prompt = self.class_images[number]
+            flip, place = random.random() < self.flip_probability, random.random(2)
+            if self.variants is not None:
+                place = np.random.default_rng((self.seed, number, flip, 2)).random(2)
+            top, left = (0.5, 0.5) if self.center_crop else map(float, place)
+            class_image = View(path, flip, None, top, left)
+        number = index % len(self.instance_images)
+        path, prompt = self.instance_images[number]
+        if self.variants is not None and self.aug:
+            random = np.random.default_rng((self.seed, number, int(random.integers(self.variants)), 1))
+        instance, words = self._draw_instance(path, random)
+        return Sample(instance, words + prompt, class_image, class_prompt, noise_seed)
+
+    def _draw_instance(self, path: Path, random: np.random.Generator) -> tuple[View, str]:
+        flip = random.random() < self.flip_probability
+        scale, words = self._draw_scale(random)
+        # Where there is no room, there is but one view of the picture.
+        top, left = (0.0, 0.0) if scale == self.size else map(float, random.random(2))
+        return View(path, flip, scale, top, left), words
 
     def _draw_scale(self, random: np.random.Generator) -> tuple[int, str]:
         """Side of the picture in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
@@ -359,49 +404,122 @@ class CustomDiffusionDataset(Dataset):
             return scale, str(random.choice(["zoomed in ", "close up "]))
         return scale, ""
 
-    def preprocess(self, image: Image.Image, scale: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Lay the centre square of ``image``, ``scale`` pixels wide, on a grey canvas, or crop it to the canvas.
-
-        The example squashes the whole picture into the square; the authors' code keeps its proportions, and so does
-        this.
+    def drawn(self, positions: Iterable[int]) -> tuple[list[View], dict[str, list[str]]]:
+        """What these items show.
 
         Returns:
-            The pixels (3, size, size) in [-1, 1] and the mask (mask_size, mask_size) of latents inside the picture.
+            Their different views, and their different ``"instance"`` and ``"class"`` prompts.
         """
+        views: dict[View, None] = {}
+        prompts: dict[str, dict[str, None]] = {"instance": {}, "class": {}}
+        most = self._most_views()
+        for position in positions:
+            sample = self.draw(position)
+            views.setdefault(sample.instance)
+            prompts["instance"].setdefault(sample.instance_prompt)
+            if sample.class_image is not None:
+                views.setdefault(sample.class_image)
+                prompts["class"].setdefault(sample.class_prompt)
+            # A long run need not be walked through: after a while it shows nothing new.
+            if len(views) == most:
+                break
+        return list(views), {kind: list(found) for kind, found in prompts.items()}
+
+    def _most_views(self) -> float:
+        """How many views there can be, with all that prompts say about them."""
+        flips = 2 if self.flip_probability else 1
+        instance = flips if not self.aug else self.variants or math.inf
+        class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
+        return len(self.instance_images) * instance + len(self.class_images) * class_image
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """One item of the stream.
+
+        Returns:
+            ``instance_images`` (3, size, size) in [-1, 1], grey outside of a picture that was made smaller;
+            ``instance_mask`` (mask_size, mask_size), 1 where the latents show the picture; ``instance_prompt_ids``
+            (model_max_length,); with prior preservation ``class_images``, ``class_mask`` (all ones) and
+            ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
+            Where the pictures are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
+            ``class_posterior`` take the place of the images; where the captions are, ``instance_text`` and
+            ``class_text`` (model_max_length, text width) that of the ids.
+        """
+        sample = self.draw(position)
+        example: dict[str, Any] = {"noise_seed": sample.noise_seed}
+        for kind, view, prompt in (
+            ("instance", sample.instance, sample.instance_prompt),
+            ("class", sample.class_image, sample.class_prompt),
+        ):
+            if view is None:
+                continue
+            if self.posteriors:
+                example[f"{kind}_posterior"] = self.posteriors[view]
+            else:
+                example[f"{kind}_images"] = self.render(view)
+            example[f"{kind}_mask"] = self.mask(view)
+            if kind in self.text_features:
+                example[f"{kind}_text"] = self.text_features[kind][prompt]
+            else:
+                example[f"{kind}_prompt_ids"] = self.tokenize(prompt)
+        return example
+
+    def render(self, view: View) -> Tensor:
+        """The pixels of a view, (3, size, size) in [-1, 1].
+
+        An instance picture's centre square is laid on a grey canvas, or cropped to the canvas. The example squashes
+        the whole picture into the square; the authors' code keeps its proportions, and so does this.
+        """
+        # Where views are encoded, those of a picture follow each other: it is decoded once then.
+        if self._last_image is None or self._last_image[0] != view.path:
+            self._last_image = (view.path, load_image(view.path))
+        image = self._last_image[1]
+        if view.flip:
+            image = ImageOps.mirror(image)
+        if view.scale is None:
+            # Cropped before it is resized: a panorama would otherwise become gigabytes first.
+            width, height = image.size
+            side = min(width, height)
+            top, left = _offset(view.top, height - side), _offset(view.left, width - side)
+            image = TF.crop(image, top, left, side, side)
+            return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
         square = TF.center_crop(image, [min(image.size)] * 2)
-        pixels = _to_tensor(square.resize((scale, scale), Image.Resampling.BILINEAR))
-        top, left = (int(random.integers(abs(scale - self.size) + 1)) for _ in range(2))
-        if scale >= self.size:
-            return pixels[:, top : top + self.size, left : left + self.size], torch.ones(self.mask_size, self.mask_size)
+        pixels = _to_tensor(square.resize((view.scale, view.scale), Image.Resampling.BILINEAR))
+        top, left = self._place(view)
+        if view.scale >= self.size:
+            return pixels[:, top : top + self.size, left : left + self.size]
         canvas = torch.zeros(3, self.size, self.size)
-        canvas[:, top : top + scale, left : left + scale] = pixels
+        canvas[:, top : top + view.scale, left : left + view.scale] = pixels
+        return canvas
+
+    def mask(self, view: View) -> Tensor:
+        """Which latents lie inside the picture: (mask_size, mask_size), ones and zeros."""
+        if view.scale is None or view.scale >= self.size:
+            return torch.ones(self.mask_size, self.mask_size)
+        top, left = self._place(view)
         mask = torch.zeros(self.mask_size, self.mask_size)
         factor = self.size // self.mask_size
-        mask[slice(*_cells_inside(top, scale, factor)), slice(*_cells_inside(left, scale, factor))] = 1.0
-        return canvas, mask
+        mask[slice(*_cells_inside(top, view.scale, factor)), slice(*_cells_inside(left, view.scale, factor))] = 1.0
+        return mask
 
-    def _preprocess_class_image(self, image: Image.Image, random: np.random.Generator) -> Tensor:
-        if random.random() < self.flip_probability:
-            image = ImageOps.mirror(image)
-        # Cropped before it is resized: a panorama would otherwise become gigabytes first.
-        width, height = image.size
-        side = min(width, height)
-        if self.center_crop:
-            image = TF.center_crop(image, [side, side])
-        else:
-            image = TF.crop(
-                image, int(random.integers(height - side + 1)), int(random.integers(width - side + 1)), side, side
-            )
-        return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
+    def _place(self, view: View) -> tuple[int, int]:
+        room = abs(view.scale - self.size)
+        return _offset(view.top, room), _offset(view.left, room)
 
-    def _tokenize(self, prompt: str) -> Tensor:
-        return self.tokenizer(
-            prompt,
-            truncation=True,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids[0]
+    def tokenize(self, prompt: str) -> Tensor:
+        """The ids of a prompt, cut and padded to (model_max_length,)."""
+        if prompt not in self._ids_of:
+            self._ids_of[prompt] = self.tokenizer(
+                prompt,
+                truncation=True,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids[0]
+        return self._ids_of[prompt]
+
+
+def _offset(part: float, room: int) -> int:
+    return int(part * (room + 1))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -431,23 +549,29 @@ def collate_fn(
     device, for any split of the batch over processes, and after every restart, and cost the training loop nothing.
 
     Returns:
-        ``pixel_values`` (N, 3, size, size), ``mask`` (N, 1, mask_size, mask_size), ``input_ids`` (N, length),
-        ``noise`` and ``posterior_noise`` (N, latent_channels, mask_size, mask_size), ``timesteps`` (N,),
-        where N is the number of examples, doubled with prior preservation.
+        ``pixel_values`` (N, 3, size, size) or, of samples that are encoded already, ``posterior``
+        (N, 2, latent_channels, mask_size, mask_size); ``mask`` (N, 1, mask_size, mask_size); ``noise`` and
+        ``posterior_noise`` (N, latent_channels, mask_size, mask_size), ``timesteps`` (N,), where N is the number of
+        examples, doubled with prior preservation. ``input_ids`` (M, length) of the first M captions, and
+        ``text_features`` (N - M, length, text width) of the others; either is absent where it would be empty.
     """
-    kinds = [("instance_images", "mask", "instance_prompt_ids")]
-    if with_prior_preservation:
-        kinds.append(("class_images", "class_mask", "class_prompt_ids"))
+    kinds = ["instance", "class"] if with_prior_preservation else ["instance"]
     generators = [torch.Generator().manual_seed(example["noise_seed"]) for example in examples]
-    batch: dict[str, list[Tensor]] = {
-        name: [] for name in ("pixel_values", "mask", "input_ids", "noise", "posterior_noise", "timesteps")
+    batch: defaultdict[str, list[Tensor]] = defaultdict(list)
+    names = {
+        "images": "pixel_values",
+        "posterior": "posterior",
+        "prompt_ids": "input_ids",
+        "text": "text_features",
     }
-    for pixels, mask, prompt_ids in kinds:
+    for kind in kinds:
         for example, generator in zip(examples, generators, strict=True):
-            shape = (latent_channels, *example[mask].shape)
-            batch["pixel_values"].append(example[pixels])
-            batch["mask"].append(example[mask].unsqueeze(0))
-            batch["input_ids"].append(example[prompt_ids])
+            for key, name in names.items():
+                if f"{kind}_{key}" in example:
+                    batch[name].append(example[f"{kind}_{key}"])
+            mask = example[f"{kind}_mask"]
+            batch["mask"].append(mask.unsqueeze(0))
+            shape = (latent_channels, *mask.shape)
             batch["noise"].append(torch.randn(shape, generator=generator))
             batch["posterior_noise"].append(torch.randn(shape, generator=generator))
             batch["timesteps"].append(torch.randint(num_train_timesteps, (), generator=generator))

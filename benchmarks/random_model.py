@@ -7,9 +7,6 @@ the real ones. From the command line: ``python -m benchmarks.random_model sd14 /
 from __future__ import annotations
 
 import argparse
-import gzip
-import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from base.tokenizer import clip_merges, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def build_random_model(name: str, folder: Path, seed: int = 0) -> Path:
         steps_offset=1,
         prediction_type=shape.prediction_type,
     )
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", clip_merges())
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -115,43 +114,11 @@ def build_random_model(name: str, folder: Path, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     # What Stable Diffusion's own repositories hold is older than what save_pretrained writes today: vocab.json and
     # merges.txt rather than tokenizer.json, and a prefix before the text encoder's weights.
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", clip_merges())
     path = folder / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     return folder
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """CLIP's byte-pair vocabulary in the files of Stable Diffusion 1.4: vocab.json and merges.txt."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise SystemExit("error: CLIP's vocabulary comes with open_clip_torch: make setup, or pip install it --no-deps")
-    with gzip.open(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1:48895]
-    letters = list(_byte_characters())
-    words = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.iterdir():
-        stale.unlink()
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
-    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-
-
-def _byte_characters() -> str:
-    """The 256 characters that stand for bytes in CLIP's vocabulary, in its order (Radford et al., GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return "".join(map(chr, [*printable, *range(256, 512 - len(printable))]))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,18 @@ def flags(base_model: Path, pictures: Path, output_dir: Path, **more: object) ->
 @pytest.fixture
 def train_here() -> Iterator[Callable[[list[str]], None]]:
     """Train in this process: as a launch does, without the seconds that importing takes."""
-    yield train_custom_diffusion.main
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_grad_enabled(True)
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        torch.set_grad_enabled(True)
+
+    def run(argv: list[str]) -> None:
+        forget()
+        train_custom_diffusion.main(argv)
+
+    yield run
+    forget()
 
 
 @pytest.fixture(scope="session")

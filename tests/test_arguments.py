@@ -256,11 +256,19 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"report_to": "wandb", "hub_token": "hf_secret"}, ["wandb records the command line", "hf auth login"]),
         ({"mixed_precision": "fp16"}, ["fp16", "needs a GPU", "bf16"]),
         ({"enable_xformers_memory_efficient_attention": True}, ["--enable_xformers", "CUDA GPU"]),
+        ({"torch_compile": True}, ["--torch_compile", "g++", "CXX"]),
+        ({"keep_latents": True, "no_latent_cache": True}, ["--keep_latents", "--no_latent_cache"]),
+        ({"latent_variants": 0}, ["--latent_variants", "less than 1"]),
     ],
 )
 def test_a_wrong_argument_gets_a_usage_line_and_an_error_line(
-    wrong: dict[str, object], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: dict[str, object],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
     if "fp16" in wrong.values() or "enable_xformers_memory_efficient_attention" in wrong:
         import torch
 

@@ -19,6 +19,7 @@ from data import (
     CustomDiffusionDataset,
     PromptDataset,
     UsageError,
+    View,
     collate_fn,
     find_class_images,
     find_instance_images,
@@ -176,7 +177,7 @@ def test_noaug_shows_the_whole_picture(pictures: Path, tokenizer: CLIPTokenizer)
     samples = dataset(pictures, tokenizer, aug=False)
     prompts = {tuple(samples[position]["instance_prompt_ids"].tolist()) for position in range(20)}
     assert len(prompts) == 1
-    assert all(samples[position]["mask"].min() == 1 for position in range(20))
+    assert all(samples[position]["instance_mask"].min() == 1 for position in range(20))
 
 
 def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer) -> None:
@@ -184,7 +185,7 @@ def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer
     words = {"small": 0, "large": 0, "plain": 0}
     for position in range(300):
         sample = samples[position]
-        pixels, mask = sample["instance_images"], sample["mask"]
+        pixels, mask = sample["instance_images"], sample["instance_mask"]
         prompt = tokenizer.decode(sample["instance_prompt_ids"], skip_special_tokens=True)
         # A value of 0 does not occur in a picture of 8 bits: what is 0 is canvas.
         rows = (pixels != 0).all(0).any(1).sum().item()
@@ -209,10 +210,10 @@ def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer
 @pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (16, 2), (24, 3), (32, 4), (64, 8), (96, 12), (512, 64)])
 def test_no_mask_is_ever_empty(size: int, mask_size: int, pictures: Path, tokenizer: CLIPTokenizer) -> None:
     samples = dataset(pictures, tokenizer, size=size, mask_size=mask_size)
-    image = load_image(pictures / "0.png")
     random = np.random.default_rng(0)
     for scale in [*range(max(1, size // 3), size + 1)] * 2:
-        pixels, mask = samples.preprocess(image, scale, random)
+        view = View(pictures / "0.png", False, scale, *random.random(2))
+        pixels, mask = samples.render(view), samples.mask(view)
         assert pixels.shape == (3, size, size)
         assert mask.shape == (mask_size, mask_size)
         assert mask.sum() >= 1

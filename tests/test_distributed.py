@@ -13,8 +13,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+import train_custom_diffusion
 from concept import load_concept
-from tests.conftest import ROOT, flags, run_script
+from tests.conftest import ROOT, draw_pictures, flags, run_script
+from tests.two_processes import digest_of_latents
 
 
 def learned(folder: Path) -> torch.Tensor:
@@ -42,21 +44,18 @@ def apart(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def run_flags(base_model: Path, pictures: Path, folder: Path, **more: object) -> list[str]:
-    return flags(
-        base_model,
-        pictures,
-        folder / "out",
-        with_prior_preservation=True,
-        class_data_dir=folder / "class",
-        class_prompt="cat",
-        num_class_images=5,
-        sample_batch_size=2,
-        learning_rate=1e-3,
-        max_train_steps=4,
-        gradient_accumulation_steps=2,
-        hflip=True,
-        **more,
-    )
+    values = {
+        "with_prior_preservation": True,
+        "class_data_dir": folder / "class",
+        "class_prompt": "cat",
+        "num_class_images": 5,
+        "sample_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "hflip": True,
+    }
+    return flags(base_model, pictures, folder / "out", **(values | more))
 
 
 def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
@@ -98,6 +97,30 @@ def test_a_resumed_run_of_two_processes_ends_bit_equal(
     shutil.copytree(apart[0] / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     two_processes(*run_flags(base_model, pictures, tmp_path, train_batch_size=1, resume_from_checkpoint="latest"))
     assert torch.equal(learned(tmp_path / "out"), learned(apart[0] / "out"))
+
+
+def test_two_processes_share_the_encoding(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
+) -> None:
+    class_images = draw_pictures(tmp_path / "class", 4)
+    # Nine views, so that the processes have unequal shares; in a type that not every backend can send.
+    more = {"mixed_precision": "bf16", "keep_latents": True, "max_train_steps": 3, "gradient_accumulation_steps": 1}
+    more |= {"noaug": True, "hflip": None, "num_class_images": 4}
+
+    def argv(folder: str, batch: int) -> list[str]:
+        return run_flags(
+            base_model, pictures, tmp_path / folder, **more, class_data_dir=class_images, train_batch_size=batch
+        )
+
+    printed = two_processes(*argv("two", 1))
+    run = train_custom_diffusion.prepare_run(train_custom_diffusion.parse_args(argv("one", 2)))
+    assert len(run.dataset.posteriors) == 9
+    assert f"latents {digest_of_latents(run)}\n" in printed, "both have what one process has"
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out/latents").iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
 
 
 def can_make_hosts() -> bool:

@@ -22,6 +22,7 @@ import torch
 
 import checkpoints
 import train_custom_diffusion
+from caching import read_posterior
 from concept import load_concept
 from pictures import UsageError
 from tests.conftest import ROOT, draw_pictures, flags, run_script
@@ -81,6 +82,7 @@ def command(base_model: Path, folder: Path, **more: object) -> list[str]:
         "checkpointing_steps": 2,
         "checkpoints_total_limit": 2,
         "resume_from_checkpoint": "latest",
+        "keep_latents": True,
     }
     return flags(base_model, pictures, folder / "out", **(values | more))
 
@@ -108,11 +110,15 @@ def phase(folder: Path) -> str:
         return "checkpoint"
     if (out / "checkpoint-12").is_dir():
         return "final saving"
-    return "steps" if list(out.glob("checkpoint-*")) else "loading"
+    if list(out.glob("checkpoint-*")):
+        return "steps"
+    return "encoding" if (out / "latents").is_dir() else "loading"
 
 
 def check_checkpoints(out: Path) -> None:
-    """Every checkpoint that has its name is whole."""
+    """Every checkpoint and every kept posterior that has its name is whole."""
+    for path in out.glob("latents/*.safetensors"):
+        assert read_posterior(path) is not None
     for path in out.glob("checkpoint-*"):
         load_concept(path)
         torch.load(path / "training_state" / "optimizer.bin", weights_only=True)
@@ -155,7 +161,15 @@ def test_kills_at_random_moments_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "pattern", [".checkpoint-*.tmp", ".checkpoint-*.tmp/training_state", ".half-written-*", "*.bin"]
+    "pattern",
+    [
+        "latents/.half-written-*",
+        "latents/*.safetensors",
+        ".checkpoint-*.tmp",
+        ".checkpoint-*.tmp/training_state",
+        ".half-written-*",
+        "*.bin",
+    ],
 )
 def test_kills_while_something_is_written(
     pattern: str, base_model: Path, work: Path, uninterrupted: tuple[torch.Tensor, list[bytes], float]
@@ -168,9 +182,11 @@ def test_kills_while_something_is_written(
     process.kill()
     process.join()
     check_checkpoints(folder / "out")
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("latents/*.safetensors")}
     finish(command(base_model, folder), folder.with_suffix(".log"))
     assert torch.equal(learned(folder / "out"), uninterrupted[0])
-    assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".")]
+    assert not [path for path in (folder / "out").rglob("*") if path.name.startswith(".")]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was encoded before the kill is used"
 
 
 def test_a_checkpoint_moved_aside_comes_back(base_model: Path, work: Path) -> None:
@@ -207,9 +223,9 @@ def test_a_full_disk(base_model: Path, work: Path) -> None:
     finish(command(base_model, folder, max_train_steps=2), log)
 
     def files() -> dict[Path, bytes]:
-        # config.yaml says how the last run was started, so it is each run's own.
+        # config.yaml says how the last run was started, so it is each run's own; each encodes what it will draw.
         found = (path for path in (folder / "out").rglob("*") if path.is_file() and path.name != "config.yaml")
-        return {path: path.read_bytes() for path in found}
+        return {path: path.read_bytes() for path in found if path.parent.name != "latents"}
 
     before = files()
     for largest_file, name in ((30_000, "checkpoint-4"), (10_000, "checkpoint-4")):

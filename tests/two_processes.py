@@ -1,10 +1,11 @@
 """Run by torchrun in test_distributed.py: train, then compare what the processes ended with.
 
-Prints the largest difference between the processes, and how many class images each has made.
+Prints the largest difference between the processes, and a digest of the latents that they have encoded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 
 import torch
@@ -13,17 +14,27 @@ from accelerate.utils import gather_object
 import train_custom_diffusion
 
 
+def digest_of_latents(run: train_custom_diffusion.Run) -> str:
+    """The same wherever every view has the same posterior."""
+    digest = hashlib.sha256()
+    for view, posterior in sorted(run.dataset.posteriors.items(), key=lambda item: repr(item[0])):
+        digest.update(repr(view).encode() + posterior.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     """Train with the arguments of the command line."""
     run = train_custom_diffusion.prepare_run(train_custom_diffusion.parse_args(sys.argv[1:]))
     train_custom_diffusion.train(run, first_step=train_custom_diffusion.resume(run))
     mine = torch.cat([parameter.detach().flatten() for parameter in run.module.trained().values()])
     everyone = gather_object([mine])
+    digests = gather_object([digest_of_latents(run)])
     if run.accelerator.is_main_process:
         train_custom_diffusion.save_result(run)
         assert len(everyone) == run.accelerator.num_processes
         print("difference", max((other - mine).abs().max().item() for other in everyone))
         print("processes", len(everyone))
+        print("latents", *sorted(set(digests)))
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
 

@@ -1,0 +1,386 @@
+"""What is computed once: pictures and captions, in memory and on disk, and that nothing else changes by it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTokenizer
+
+import train_custom_diffusion
+from caching import read_posterior
+from concept import load_concept
+from data import CustomDiffusionDataset
+from pictures import UsageError
+from tests.conftest import draw_pictures, flags
+from train_custom_diffusion import Run, parse_args, prepare_run, train
+
+Train = Callable[[list[str]], None]
+
+
+def command(base_model: Path, folder: Path, output: str, **more: object) -> list[str]:
+    """A run with five instance pictures and four wide class images."""
+    if not (folder / "instance").exists():
+        draw_pictures(folder / "instance", 5)
+        draw_pictures(folder / "class", 4, size=(120, 80))
+    values = {
+        "with_prior_preservation": True,
+        "class_data_dir": folder / "class",
+        "class_prompt": "cat",
+        "num_class_images": 4,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "hflip": True,
+    }
+    return flags(base_model, folder / "instance", folder / output, **(values | more))
+
+
+def learned(folder: Path) -> torch.Tensor:
+    concept = load_concept(folder)
+    return torch.cat([value.flatten() for value in (concept.attention | concept.tokens).values()])
+
+
+def losses(folder: Path) -> np.ndarray:
+    events = EventAccumulator(str(folder / "logs" / "custom-diffusion"))
+    events.Reload()
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == list(range(1, len(scalars) + 1))
+    return np.array([event.value for event in scalars])
+
+
+# --- what is learned -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"center_crop": True},
+        {"center_crop": True, "mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"with_prior_preservation": None},
+    ],
+)
+def test_without_augmentation_the_result_is_bit_equal(
+    more: dict[str, object], base_model: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(command(base_model, tmp_path, "cached", noaug=True, **more))
+    train_here(command(base_model, tmp_path, "anew", noaug=True, no_latent_cache=True, **more))
+    assert torch.equal(learned(tmp_path / "cached"), learned(tmp_path / "anew"))
+
+
+def test_square_class_images_are_exact_beside_augmented_pictures(base_model: Path, tmp_path: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+    square = [(path, "cat") for path in sorted(draw_pictures(tmp_path / "square", 4).iterdir())]
+    cached, anew = (
+        CustomDiffusionDataset(square[:2], square, tokenizer, 64, 8, hflip=True, variants=variants)
+        for variants in (3, None)
+    )
+    for position in range(40):
+        one, other = cached[position], anew[position]
+        assert torch.equal(one["class_images"], other["class_images"])
+        assert one["noise_seed"] == other["noise_seed"]
+
+
+def test_the_loss_stays_within_the_spread_of_two_seeds(base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    # At 128 px a mask covers enough latents for the loss to say something.
+    common = {"resolution": 128, "max_train_steps": 200, "learning_rate": 1e-3, "train_batch_size": 1}
+    common["report_to"] = "tensorboard"
+    train_here(command(base_model, tmp_path, "cached", **common))
+    train_here(command(base_model, tmp_path, "anew", **common, no_latent_cache=True))
+    train_here(command(base_model, tmp_path, "other-seed", **common, no_latent_cache=True, seed=43))
+    cached, anew, other = (losses(tmp_path / name) for name in ("cached", "anew", "other-seed"))
+    assert len(cached) == 200
+
+    def distance(one: np.ndarray, another: np.ndarray) -> float:
+        return float(np.abs((one - another).reshape(10, 20).mean(1)).mean())
+
+    print("distance of the losses:", distance(cached, anew), "between seeds:", distance(anew, other))
+    assert 0 < distance(cached, anew) < distance(anew, other)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_resumed_run_ends_bit_equal(keep: bool, base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    more = {"checkpointing_steps": 3, "max_train_steps": 6, "keep_latents": keep or None}
+    train_here(command(base_model, tmp_path, "whole", **more))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    train_here(command(base_model, tmp_path, "resumed", **more, resume_from_checkpoint="latest"))
+    assert torch.equal(learned(tmp_path / "resumed"), learned(tmp_path / "whole"))
+
+
+# --- what is encoded -----------------------------------------------------------------------------
+
+
+def stream(base_model: Path, instance: int, class_images: int, **more: object) -> CustomDiffusionDataset:
+    """Pictures that need not be there: what is drawn is decided without them."""
+    pictures = [(Path(f"{number}.png"), f"<new1> {number}") for number in range(instance)]
+    others = [(Path(f"class/{number}.png"), f"cat {number}") for number in range(class_images)]
+    return CustomDiffusionDataset(
+        pictures, others, CLIPTokenizer.from_pretrained(base_model / "tokenizer"), 64, 8, hflip=True, **more
+    )
+
+
+def test_only_what_the_steps_draw_is_encoded(base_model: Path) -> None:
+    samples = stream(base_model, 5, 2000, variants=20)
+    views, prompts = samples.drawn(range(100, 130))
+    assert len(views) == len(set(views)) <= 60, "no more than the steps would encode"
+    assert len([view for view in views if view.scale is None]) == len(prompts["class"]) == 30
+    assert {view for position in range(100, 130) for view in drawn_at(samples, position)} == set(views)
+
+
+def drawn_at(samples: CustomDiffusionDataset, position: int) -> list[object]:
+    sample = samples.draw(position)
+    return [sample.instance, sample.class_image]
+
+
+@pytest.mark.parametrize("more", [{"variants": 3}, {"variants": 3, "aug": False}, {"variants": None, "aug": False}])
+def test_a_long_run_is_not_walked_through_for_nothing(more: dict[str, object], base_model: Path) -> None:
+    samples = stream(base_model, 5, 7, center_crop=True, **more)
+    views, prompts = samples.drawn(range(10**12))
+    assert set(views) == {view for position in range(3000) for view in drawn_at(samples, position)}
+    assert set(prompts["instance"]) == {samples.draw(position).instance_prompt for position in range(3000)}
+    assert len(views) == (5 * 3 if samples.aug else 5 * 2) + 7 * 2
+
+
+def test_the_pool_holds_as_many_augmentations_as_asked(base_model: Path) -> None:
+    samples = stream(base_model, 5, 0, variants=4)
+    for picture in range(5):
+        seen = {samples.draw(position).instance for position in range(1000)}
+        assert len({view for view in seen if view.path == Path(f"{picture}.png")}) == 4
+    others = stream(base_model, 5, 0, variants=4, seed=7)
+    assert not seen & {others.draw(position).instance for position in range(1000)}, "another seed, other augmentations"
+
+
+def test_a_prompt_fits_its_variant(base_model: Path) -> None:
+    samples = stream(base_model, 5, 0, variants=30)
+    for position in range(500):
+        sample = samples.draw(position)
+        small, large = (sample.instance_prompt.startswith(words) for words in (("a far", "very"), ("zoomed", "close")))
+        assert small == (sample.instance.scale < 0.6 * 64)
+        assert large == (sample.instance.scale > 64)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start() -> Callable[[list[str]], Run]:
+    return lambda argv: prepare_run(parse_args(argv))
+
+
+def vaes() -> list[AutoencoderKL]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, AutoencoderKL)]
+
+
+def test_the_vae_is_gone_while_training(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out", validation_prompt="<new1>", num_validation_images=1))
+    assert not vaes()
+    weights = str(base_model / "vae")
+    assert weights not in Path("/proc/self/maps").read_text(), "its file is no longer mapped into memory"
+    assert len(train_custom_diffusion.validate(run, 1, "validation")) == 1
+    assert not vaes(), "loaded for the pictures, and gone again"
+    assert weights not in Path("/proc/self/maps").read_text()
+    train(run, first_step=0)
+
+
+def test_without_the_cache_the_vae_stays(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out", no_latent_cache=True))
+    assert vaes() == [run.vae]
+    assert not run.dataset.posteriors
+
+
+def test_torch_compile_leaves_the_model_as_it_is_for_pictures(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    argv = command(base_model, tmp_path, "out", validation_prompt="<new1>", num_validation_images=1)
+    compiled, plain = (start(argv + flag) for flag in (["--torch_compile"], ["--torch_compile=False", "--overwrite"]))
+    assert compiled.module.predict != compiled.module.unet.forward, "compiled when it is first called"
+    assert plain.module.predict == plain.module.unet.forward
+    assert train_custom_diffusion.validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
+
+
+# --- captions ------------------------------------------------------------------------------------
+
+
+def rows_encoded(run: Run) -> list[int]:
+    """How many captions go through the text encoder at each call from here on."""
+    rows: list[int] = []
+    run.module.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_class_captions_are_encoded_once(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out"))
+    assert list(run.dataset.text_features) == ["class"]
+    rows = rows_encoded(run)
+    train(run, first_step=0)
+    assert rows == [2] * 4, "the two instance captions of each step, and not the class captions"
+
+
+def test_without_new_words_the_text_encoder_is_not_needed(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    argv = command(base_model, tmp_path, "out", modifier_token=None, instance_prompt="a cat", validation_prompt="cat")
+    run = start(argv)
+    rows = rows_encoded(run)
+    train(run, first_step=0)
+    assert rows == []
+    assert train_custom_diffusion.validate(run, 4, "test"), "pictures can be made all the same"
+
+
+def test_encoded_captions_give_the_loss_of_their_ids(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out"))
+    (batch, *_) = train_custom_diffusion.training_batches(run, 0)
+    noise = batch.pop("posterior_noise")
+    latents = train_custom_diffusion.sample_latents(batch.pop("posterior"), noise, run.scaling_factor)
+    expected = run.module(latents, **batch)[0]
+    class_ids = run.dataset.tokenize("cat").expand(2, -1)
+    assert len(batch.pop("text_features")) == 2
+    batch["input_ids"] = torch.cat([batch["input_ids"], class_ids])
+    assert torch.allclose(run.module(latents, **batch)[0], expected, rtol=1e-6)
+
+
+def test_a_class_caption_with_a_new_word_is_encoded_at_every_step(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out", class_prompt="a cat, no <new1>"))
+    assert not run.dataset.text_features
+    rows = rows_encoded(run)
+    train(run, first_step=0)
+    assert rows == [4] * 4
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def kept(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Name to content and time of writing."""
+    paths = (folder / "latents").iterdir()
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.fixture
+def encoded(base_model: Path, tmp_path: Path, train_here: Train) -> Path:
+    """The output folder of a run that has kept its latents."""
+    train_here(command(base_model, tmp_path, "out", keep_latents=True))
+    return tmp_path / "out"
+
+
+def test_kept_latents_are_used_again(encoded: Path, base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    before, weights = kept(encoded), learned(encoded)
+    assert all(read_posterior(encoded / "latents" / name).shape == (2, 4, 8, 8) for name in before)
+    train_here(command(base_model, tmp_path, "out", keep_latents=True))
+    assert kept(encoded) == before, "nothing was encoded again"
+    assert torch.equal(learned(encoded), weights)
+    train_here(command(base_model, tmp_path, "memory"))
+    assert torch.equal(learned(tmp_path / "memory"), weights)
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_damaged_latents_are_made_anew(encoded: Path, base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    before, weights = kept(encoded), learned(encoded)
+    paths = sorted((encoded / "latents").iterdir())
+    paths[0].write_bytes(paths[0].read_bytes()[:-9])
+    flipped = bytearray(paths[1].read_bytes())
+    flipped[-40] ^= 1
+    paths[1].write_bytes(flipped)
+    paths[2].write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    paths[3].write_bytes(b"")
+    save_file({"something": torch.zeros(3)}, paths[4])
+    train_here(command(base_model, tmp_path, "out", keep_latents=True))
+    after = kept(encoded)
+    assert {name: content for name, (content, _) in after.items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+    assert {name for name in before if after[name] != before[name]} == {path.name for path in paths[:5]}
+    assert torch.equal(learned(encoded), weights)
+    assert not (tmp_path / "ran").exists(), "a pickle was run"
+
+
+def test_another_picture_is_encoded_and_no_other(
+    encoded: Path, base_model: Path, tmp_path: Path, train_here: Train
+) -> None:
+    before = kept(encoded)
+    Image.new("RGB", (120, 80), "green").save(tmp_path / "class" / "1.png")
+    train_here(command(base_model, tmp_path, "out", keep_latents=True))
+    assert kept(encoded).items() >= before.items()
+    assert 1 <= len(kept(encoded)) - len(before) <= 2, "one picture and its mirror image"
+    train_here(command(base_model, tmp_path, "fresh"))
+    assert torch.equal(learned(encoded), learned(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("what", ["weights", "resolution", "precision"])
+def test_latents_of_another_vae_size_or_type_are_not_used(
+    what: str, encoded: Path, base_model: Path, tmp_path: Path, train_here: Train
+) -> None:
+    model, more = base_model, {"keep_latents": True, "overwrite": True}
+    if what == "weights":
+        model = shutil.copytree(base_model, tmp_path / "model")
+        (path,) = (model / "vae").glob("*.safetensors")
+        weights = load_file(path)
+        weights["encoder.conv_in.weight"] *= 1.01
+        save_file(weights, path, metadata={"format": "pt"})
+    elif what == "resolution":
+        more["resolution"] = 72
+    else:
+        more["mixed_precision"] = "bf16"
+    before = kept(encoded)
+    train_here(command(model, tmp_path, "out", **more))
+    assert len(kept(encoded)) == 2 * len(before)
+    train_here(command(model, tmp_path, "fresh", **(more | {"keep_latents": None})))
+    assert torch.equal(learned(encoded), learned(tmp_path / "fresh"))
+
+
+# --- reading losses ------------------------------------------------------------------------------
+
+
+def test_losses_that_are_read_later_are_logged_at_their_steps(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    more = {"max_train_steps": 7, "checkpointing_steps": 5, "report_to": "tensorboard"}
+    train_here(command(base_model, tmp_path, "each", **more))
+    run = start(command(base_model, tmp_path, "later", **more))
+    train(run, first_step=0, read_every=3)
+    run.accelerator.end_training()
+    assert len(losses(tmp_path / "each")) == 7
+    assert np.array_equal(losses(tmp_path / "later"), losses(tmp_path / "each"))
+    assert torch.equal(learned(tmp_path / "later" / "checkpoint-5"), learned(tmp_path / "each" / "checkpoint-5"))
+
+
+def test_a_broken_loss_is_found_before_the_next_checkpoint(
+    start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out", max_train_steps=9, learning_rate=1e30, checkpointing_steps=5))
+    with pytest.raises(UsageError, match=r"the loss of step 2 is not finite.*there is no checkpoint yet"):
+        train(run, first_step=0, read_every=1000)
+    assert not list((tmp_path / "out").glob("*checkpoint*"))
