@@ -49,13 +49,13 @@ def write_clip(folder):
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from benchmarks.random_model import _write_tokenizer
+    from base.tokenizer import clip_merges, write_tokenizer
 
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = small | {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     vision = small | {"image_size": 64, "patch_size": 16}
-    _write_tokenizer(folder)
+    write_tokenizer(folder, clip_merges())
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(folder)
 
