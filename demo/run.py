@@ -21,7 +21,7 @@ RESULTS = ROOT / "demo" / "results"
 CELL, GAP, MARGIN = 96, 4, 14
 
 TRAIN = """accelerate launch -q train_custom_diffusion.py
-  --pretrained_model_name_or_path=base --concepts_list=concept_list.json --modifier_token=<new1>+<new2>
+  --pretrained_model_name_or_path=base --concepts_list=concept_list.json --modifier_token="<new1>+<new2>"
   --with_prior_preservation --prior_loss_weight=1.0 --num_class_images=100 --sample_batch_size=25
   --resolution=64 --train_batch_size=4 --learning_rate=2e-4 --lr_warmup_steps=0 --max_train_steps=500
   --output_dir=demo/results/concepts --report_to=none"""

@@ -65,6 +65,16 @@ def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path) -> N
     assert (home / "samples" / "contact_sheet.png").is_file()
 
 
+def test_the_readmes_commands_for_the_small_model(home: Path) -> None:
+    for folder in ("base", "examples"):
+        shutil.rmtree(home / folder, ignore_errors=True)
+        (home / folder).symlink_to(ROOT / folder)
+    (commands,) = blocks(README, "bash", "emoji-cat")
+    run_block(commands, home, "")
+    assert list(load_concept(home / "emoji-cat").tokens) == ["<new1>"]
+    assert len(list((home / "samples").glob("0*.png"))) == 8
+
+
 def test_the_readmes_commands_for_several_concepts(home: Path, base_model: Path) -> None:
     (commands,) = blocks(README, "bash", "concept_list.json")
     shutil.rmtree(home / "class_images")  # generated class images this time
