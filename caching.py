@@ -6,11 +6,8 @@ that no step will see, and nothing twice: encoding ahead never costs more than e
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -212,21 +209,3 @@ def encode_captions(
         input_ids = torch.stack([dataset.tokenize(caption) for caption in batch])
         features |= zip(batch, encode_prompts(input_ids.to(device)).cpu(), strict=True)
     return features
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def return_freed_memory() -> None:
-    """Give back to the system what was freed and what allocators keep for later."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the free pages of glibc's heap back to the system."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)

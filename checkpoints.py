@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -115,6 +116,20 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def make_output_dir(folder: str) -> None:
+    """Make the output folder.
+
+    Raises:
+        UsageError: where that is not possible, before hours are spent on what cannot be saved.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder!r} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--output_dir {folder!r} cannot be written to")
 
 
 def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:

@@ -247,26 +247,6 @@ def _retrieved_path(folder: Path, name: str) -> Path:
 # --- samples -------------------------------------------------------------------------------------
 
 
-class PromptDataset(Dataset):
-    """The prompts of class images that are to be generated.
-
-    Args:
-        prompt: the class prompt, the same for every image.
-        num_samples: how many images are wanted.
-        taken: numbers that are in use already; new images get the lowest free ones.
-    """
-
-    def __init__(self, prompt: str, num_samples: int, taken: Sequence[int] = ()) -> None:
-        self.prompt = prompt
-        self.numbers = [number for number in range(num_samples + len(taken)) if number not in set(taken)][:num_samples]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": self.prompt, "index": self.numbers[index]}
-
-
 @dataclass(frozen=True)
 class View:
     """How a picture is shown: all that decides its pixels.
