@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,8 @@ from tqdm.auto import tqdm
 
 from data import CustomDiffusionDataset, View
 from pictures import remove_half_written, write_whole
+
+logger = logging.getLogger("custom_diffusion")
 
 PIXELS_AT_ONCE = 8 * 512**2  # encoded together on a GPU
 CAPTIONS_AT_ONCE = 32
@@ -55,6 +60,29 @@ def sample_latents(posterior: Tensor, noise: Tensor, scaling_factor: float) -> T
     """Draw from posteriors (N, 2, C, h, w) with the given noise (N, C, h, w): scaled latents (N, C, h, w), float32."""
     mean, std = posterior.float().unbind(1)
     return (mean + std * noise) * scaling_factor
+
+
+def encode_pictures(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+    num_workers: int = 0,
+) -> None:
+    """Encode what these items of the stream show, and leave the posteriors with the dataset.
+
+    Args:
+        vae, accelerator, folder, num_workers: see :func:`encode_views`.
+    """
+    started = time.perf_counter()
+    views, _ = dataset.drawn(positions)
+    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, num_workers)
+    drawn = len(positions) * (2 if dataset.class_images else 1)
+    logger.info(
+        f"{len(views)} encoded pictures for the {drawn} that the steps will draw, in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
 
 
 class _Rendered(Dataset):
@@ -182,6 +210,27 @@ def read_posterior(path: Path) -> Tensor | None:
 
 
 # --- text features -------------------------------------------------------------------------------
+
+
+def encode_texts(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    encode_prompts: Callable[[Tensor], Tensor],
+    modifier_ids: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Encode the captions among these items that hold nothing to learn, and leave the features with the dataset.
+
+    Args:
+        encode_prompts: see :func:`encode_captions`.
+        modifier_ids: of the modifier tokens, behind the whole vocabulary.
+    """
+    _, prompts = dataset.drawn(positions)
+    first_new = min(modifier_ids, default=math.inf)
+    for kind, captions in prompts.items():
+        # All of a kind or none, so that a batch always has the same shape.
+        if captions and all(dataset.tokenize(caption).max() < first_new for caption in captions):
+            dataset.text_features[kind] = encode_captions(encode_prompts, dataset, captions, device)
 
 
 @torch.no_grad()

@@ -1,15 +1,48 @@
-"""What a run takes of the machine: its cores, and memory only as long as it is needed."""
+"""What a run takes of the machine: its devices and cores, and memory only as long as it is needed."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import mmap
 import os
 import sys
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
 from torch import Tensor
+
+from pictures import UsageError
+
+# --- devices and cores ---------------------------------------------------------------------------
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
+
+    Raises:
+        UsageError: where accelerate's own configuration asks for what this machine cannot do.
+    """
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            kwargs_handlers=[
+                # The frozen weights are in the compute type already: autocast would only cast again at every step.
+                AutocastKwargs(enabled=False),
+            ],
+        )
+    except ValueError as error:
+        raise UsageError(f"accelerate's configuration does not fit this machine: {error}") from error
+    # Checkpoints hold what is trained, and the training script writes that; the frozen gigabytes stay where they are.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    return accelerator
 
 
 def use_all_cores() -> None:
@@ -17,6 +50,9 @@ def use_all_cores() -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+# --- memory --------------------------------------------------------------------------------------
 
 
 def return_freed_memory() -> None:

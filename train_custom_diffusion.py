@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import LoggerType, set_seed
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -44,7 +43,6 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -52,17 +50,19 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from base_model import BaseModel, check_base_model, load_pretrained, load_tokenizer
-from caching import encode_captions, encode_posterior, encode_views, sample_latents
+from caching import encode_pictures, encode_posterior, encode_texts, sample_latents
 from checkpoints import (
     Interrupted,
     StopSignal,
     cannot_write,
     checkpoint_step,
     claim_output_dir,
+    describe_settings,
     find_checkpoint,
     last_checkpoint,
     list_checkpoints,
     make_output_dir,
+    put_checkpoint,
     remove_leftovers,
     write_settings,
 )
@@ -81,27 +81,24 @@ from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config, s
 from data import (
     CustomDiffusionDataset,
     collate_fn,
-    dataset_folder,
     find_class_images,
     find_instance_images,
     position_batches,
+    read_concepts,
 )
-from machine import peak_memory, release_pages, return_freed_memory, trim_heap, use_all_cores
+from machine import build_accelerator, peak_memory, release_pages, return_freed_memory, trim_heap, use_all_cores
 from pictures import UsageError, write_image, write_whole
 from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
 
 logger = logging.getLogger("custom_diffusion")
 
-# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
-FREE_ON_RESUME = {
-    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
-    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
-    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
-    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
-}  # fmt: skip
 STEPS_BETWEEN_READS = 10  # of losses on a GPU: reading one waits until the GPU has done all that it was given
 LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
+# Flags that a model card shows.
+SHOWN_ON_CARD = (
+    "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    "with_prior_preservation", "real_prior", "hflip", "noaug", "seed",
+)  # fmt: skip
 MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
 
 
@@ -283,52 +280,35 @@ def _require(parser: argparse.ArgumentParser, package: str, flag: str, requireme
         parser.error(f"{flag} needs the package {package}: pip install -r {requirements}")
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
-def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
-
-    Returns:
-        One dictionary per concept with ``instance_prompt`` and ``instance_data_dir``, and with prior preservation
-        ``class_prompt`` and ``class_data_dir``.
-
-    Raises:
-        UsageError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
-    """
-    needed = ["instance_prompt", "instance_data_dir"]
-    needed += ["class_prompt", "class_data_dir"] * args.with_prior_preservation
-    if args.concepts_list is None:
-        concepts = [{key: getattr(args, key) for key in needed}]
-    else:
-        concepts = _read_json(args.concepts_list)
-        if not isinstance(concepts, list) or not concepts or not all(isinstance(entry, dict) for entry in concepts):
-            raise UsageError(
-                f"{args.concepts_list} must hold a list of concepts, each an object with {', '.join(needed)}"
-            )
-        for number, concept in enumerate(concepts, 1):
-            for key in needed:
-                if not isinstance(concept.get(key), str) or not concept[key]:
-                    raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
-    for concept in concepts:
-        for key in needed:
-            if not concept[key].isprintable():
-                raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
-        name = concept["instance_data_dir"]
-        if not Path(name).is_dir():
-            if not is_hub_id(name.split("@")[0]):
-                raise UsageError(f"there is no folder {name!r} (instance_data_dir)")
-            concept["instance_data_dir"] = str(dataset_folder(name, Path(HF_HOME, "custom-diffusion")))
-    return concepts
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # broken JSON and text that is not UTF-8
-        raise UsageError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
+def build_dataset(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> CustomDiffusionDataset:
+    """The training samples; class images that are missing are generated first."""
+    class_images = inputs.class_images
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(
+            inputs.base,
+            inputs.concepts,
+            accelerator,
+            args.num_class_images,
+            args.sample_batch_size,
+            args.seed,
+            args.prior_generation_precision,
+        )
+        class_images = find_class_images(inputs.concepts, args.num_class_images, real_prior=False)
+    return CustomDiffusionDataset(
+        inputs.instance_images,
+        class_images,
+        inputs.tokenizer,
+        size=args.resolution,
+        mask_size=inputs.latent_size,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        aug=not args.noaug,
+        seed=args.seed,
+        variants=None if args.no_latent_cache else args.latent_variants,
+    )
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -684,86 +664,6 @@ class CustomDiffusion(nn.Module):
 # --- the run -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """What the loop works with.
-
-    Attributes:
-        vae: None where the pictures are encoded already.
-        scaling_factor: of the VAE's latents.
-        model: the prepared module, maybe wrapped for several processes.
-    """
-
-    args: argparse.Namespace
-    inputs: Inputs
-    settings: dict[str, Any]
-    accelerator: Accelerator
-    vae: AutoencoderKL | None
-    scaling_factor: float
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
-    dataset: CustomDiffusionDataset
-    total_steps: int
-
-    @property
-    def module(self) -> CustomDiffusion:
-        """The module itself, without wrapper."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def learned(self) -> Concept:
-        """What was learned so far."""
-        return self.module.learned(self.args.pretrained_model_name_or_path)
-
-
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
-
-    Raises:
-        UsageError: where accelerate's own configuration asks for what this machine cannot do.
-    """
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-            kwargs_handlers=[
-                # The frozen weights are in the compute type already: autocast would only cast again at every step.
-                AutocastKwargs(enabled=False),
-            ],
-        )
-    except ValueError as error:
-        raise UsageError(f"accelerate's configuration does not fit this machine: {error}") from error
-    # Checkpoints hold what is trained, and save_checkpoint writes that; the frozen gigabytes stay where they are.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    return accelerator
-
-
-def build_optimizer(
-    args: argparse.Namespace, parameters: list[nn.Parameter], accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with the learning rate scaled as ``--scale_lr`` says."""
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-        learning_rate *= 2.0 if args.with_prior_preservation else 1.0
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    else:
-        # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
-        fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
-        optimizer_class = partial(torch.optim.AdamW, fused=fused)
-    return optimizer_class(
-        parameters,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What the user gave, read and checked; no weights among it."""
@@ -805,15 +705,59 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
-def describe_settings(args: argparse.Namespace, inputs: Inputs, num_processes: int) -> dict[str, Any]:
-    """All that decides what a run learns, for comparison with another run."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
-    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in inputs.instance_images]
-    if args.with_prior_preservation:
-        settings["class_prompts"] = [concept["class_prompt"] for concept in inputs.concepts]
-    return settings
+@dataclass
+class Run:
+    """What the loop works with.
+
+    Attributes:
+        vae: None where the pictures are encoded already.
+        scaling_factor: of the VAE's latents.
+        model: the prepared module, maybe wrapped for several processes.
+    """
+
+    args: argparse.Namespace
+    inputs: Inputs
+    settings: dict[str, Any]
+    accelerator: Accelerator
+    vae: AutoencoderKL | None
+    scaling_factor: float
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    dataset: CustomDiffusionDataset
+    total_steps: int
+
+    @property
+    def module(self) -> CustomDiffusion:
+        """The module itself, without wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def learned(self) -> Concept:
+        """What was learned so far."""
+        return self.module.learned(self.args.pretrained_model_name_or_path)
+
+
+def build_optimizer(
+    args: argparse.Namespace, parameters: list[nn.Parameter], accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """AdamW over what is trained, with the learning rate scaled as ``--scale_lr`` says."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+        learning_rate *= 2.0 if args.with_prior_preservation else 1.0
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    else:
+        # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
+        fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
+        optimizer_class = partial(torch.optim.AdamW, fused=fused)
+    return optimizer_class(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
 
 def quiet_libraries(accelerator: Accelerator) -> None:
@@ -848,34 +792,6 @@ def open_output_dir(
     if args.push_to_hub:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         args.hub_model_id = create_hub_repository(name, args.hub_token)
-
-
-def build_dataset(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> CustomDiffusionDataset:
-    """The training samples; class images that are missing are generated first."""
-    class_images = inputs.class_images
-    if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(
-            inputs.base,
-            inputs.concepts,
-            accelerator,
-            args.num_class_images,
-            args.sample_batch_size,
-            args.seed,
-            args.prior_generation_precision,
-        )
-        class_images = find_class_images(inputs.concepts, args.num_class_images, real_prior=False)
-    return CustomDiffusionDataset(
-        inputs.instance_images,
-        class_images,
-        inputs.tokenizer,
-        size=args.resolution,
-        mask_size=inputs.latent_size,
-        center_crop=args.center_crop,
-        hflip=args.hflip,
-        aug=not args.noaug,
-        seed=args.seed,
-        variants=None if args.no_latent_cache else args.latent_variants,
-    )
 
 
 def compute_type(accelerator: Accelerator) -> torch.dtype:
@@ -913,48 +829,6 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
     return model
 
 
-def encode_pictures(
-    args: argparse.Namespace,
-    base: BaseModel,
-    accelerator: Accelerator,
-    dataset: CustomDiffusionDataset,
-    positions: range,
-) -> tuple[AutoencoderKL | None, float]:
-    """Encode what these items of the stream show, unless every step is to do it.
-
-    Returns:
-        The VAE where it is needed again, and its scaling factor.
-    """
-    vae = load_vae(base, accelerator)
-    scaling_factor = vae.config.scaling_factor
-    if args.no_latent_cache:
-        return vae, scaling_factor
-    started = time.perf_counter()
-    views, _ = dataset.drawn(positions)
-    folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
-    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, args.dataloader_num_workers)
-    drawn = len(positions) * (2 if dataset.class_images else 1)
-    logger.info(
-        f"{len(views)} encoded pictures for the {drawn} that the steps will draw, in "
-        f"{time.perf_counter() - started:.1f} s"
-    )
-    del vae
-    return_freed_memory()
-    return None, scaling_factor
-
-
-def encode_texts(model: CustomDiffusion, dataset: CustomDiffusionDataset, positions: range) -> None:
-    """Encode the captions among these items that hold nothing to learn; the text encoder leaves where none is left."""
-    _, prompts = dataset.drawn(positions)
-    device, first_new = model.unet.device, min(model.modifier_tokens.ids, default=math.inf)
-    for kind, captions in prompts.items():
-        # All of a kind or none, so that a batch always has the same shape.
-        if captions and all(dataset.tokenize(caption).max() < first_new for caption in captions):
-            dataset.text_features[kind] = encode_captions(model.encode_prompts, dataset, captions, device)
-    if "instance" in dataset.text_features:
-        model.text_encoder.to("cpu")
-
-
 def prepare_run(args: argparse.Namespace) -> Run:
     """Everything up to the first step."""
     accelerator = build_accelerator(args)
@@ -965,7 +839,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     inputs = check_inputs(args)
     # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
     set_seed(args.seed, device_specific=True)
-    settings = describe_settings(args, inputs, accelerator.num_processes)
+    settings = describe_settings(args, inputs.instance_images, inputs.concepts, accelerator.num_processes)
     open_output_dir(args, settings, inputs.checkpoint, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -978,7 +852,13 @@ def prepare_run(args: argparse.Namespace) -> Run:
     samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     positions = range(first_step * samples_per_step, total_steps * samples_per_step)
     # Before the rest is loaded: the VAE has the memory to itself, and large batches are fast.
-    vae, scaling_factor = encode_pictures(args, inputs.base, accelerator, dataset, positions)
+    vae = load_vae(inputs.base, accelerator)
+    scaling_factor = vae.config.scaling_factor
+    if not args.no_latent_cache:
+        folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
+        encode_pictures(dataset, positions, vae, accelerator, folder, args.dataloader_num_workers)
+        vae = None
+        return_freed_memory()
     model = load_model(args, inputs, accelerator)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
     lr_scheduler = get_scheduler(
@@ -989,7 +869,11 @@ def prepare_run(args: argparse.Namespace) -> Run:
         num_training_steps=total_steps * accelerator.num_processes,
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    encode_texts(accelerator.unwrap_model(model), dataset, positions)
+    module = accelerator.unwrap_model(model)
+    encode_texts(dataset, positions, module.encode_prompts, inputs.modifier_tokens.ids, accelerator.device)
+    if "instance" in dataset.text_features:
+        # No step needs it any more.
+        module.text_encoder.to("cpu")
     return Run(
         args, inputs, settings, accelerator, vae, scaling_factor, model, optimizer, lr_scheduler, dataset, total_steps
     )
@@ -1230,20 +1114,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
 def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = ()) -> bytes:
     """The model card of a checkpoint or of the finished concept."""
     args = run.args
-    shown = [
-        "freeze_model",
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "scale_lr",
-        "with_prior_preservation",
-        "real_prior",
-        "hflip",
-        "noaug",
-        "seed",
-    ]
-    settings = {"steps": steps} | {name: getattr(args, name) for name in shown}
+    settings = {"steps": steps} | {name: getattr(args, name) for name in SHOWN_ON_CARD}
     prompts = [entry["instance_prompt"] for entry in run.inputs.concepts]
     return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
 
@@ -1274,17 +1145,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         raise cannot_write(path, error, output_dir) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # An earlier run's checkpoint of the same step is moved aside first: a folder cannot be renamed onto another.
-        replaced = output_dir / f".checkpoint-{step}.old"
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if run.args.checkpoints_total_limit is not None:
-            # Only up to this step: later ones are of an earlier, longer run in the same folder.
-            own = [older for older in list_checkpoints(output_dir) if checkpoint_step(older) <= step]
-            for older in own[: -run.args.checkpoints_total_limit]:
-                shutil.rmtree(older)
+        put_checkpoint(temporary, path, run.args.checkpoints_total_limit)
     logger.info(f"saved {path}")
 
 
