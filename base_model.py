@@ -1,4 +1,4 @@
-"""The base model of a concept: which one it is, and the parts of it that a command needs."""
+"""The base model of a concept: which one it is, and the parts of it that a command or a training run needs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import formats
 from concept import Concept, ConceptError, is_hub_id
-from pictures import first_line
+from pictures import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,76 @@ def find_base_model(
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ConceptError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
     return BaseModel(name, revision, variant)
+
+
+# --- for training --------------------------------------------------------------------------------
+
+
+def load_pretrained(base: BaseModel, loader: Callable[..., Any], subfolder: str | None = None, **options: Any) -> Any:
+    """Call a ``from_pretrained`` or ``load_config`` on the base model that is to be trained.
+
+    Raises:
+        UsageError: in one line that names the part, where the libraries' errors are pages.
+    """
+    if not Path(base.name).is_dir() and not is_hub_id(base.name):
+        raise UsageError(f"there is no model folder {base.name!r} (--pretrained_model_name_or_path)")
+    if subfolder is not None:
+        options["subfolder"] = subfolder
+    try:
+        return loader(base.name, revision=base.revision, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
+        reason = first_line(error)
+        what = subfolder or "model_index.json"
+        where = (
+            f"in the folder {base.name!r}"
+            if Path(base.name).is_dir()
+            else f"of {base.name!r} from the Hub, and no such folder is here"
+        )
+        raise UsageError(f"cannot load the {what} {where} (--pretrained_model_name_or_path): {reason}") from error
+
+
+def load_tokenizer(base: BaseModel, name: str | None = None) -> CLIPTokenizer:
+    """The base model's tokenizer, or another (folder or Hub id).
+
+    Raises:
+        UsageError: where it cannot be loaded.
+    """
+    if name is None:
+        return load_pretrained(base, CLIPTokenizer.from_pretrained, "tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(name, revision=base.revision)
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer {name!r} (--tokenizer_name)") from error
+
+
+def check_base_model(base: BaseModel, resolution: int) -> tuple[DDPMScheduler, int, int]:
+    """Look at the model's configuration files, which are small, before any weights are read.
+
+    Args:
+        resolution: side of the training pictures in pixels.
+
+    Returns:
+        The noise scheduler, the number of latent channels and the side of the latents.
+
+    Raises:
+        UsageError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
+    """
+    index = load_pretrained(base, DiffusionPipeline.load_config)
+    if "text_encoder_2" in index or "unet" not in index:
+        raise UsageError(
+            f"{base.name!r} is a {index.get('_class_name')}: Stable Diffusion 1.x and 2.x can be trained so far"
+        )
+    noise_scheduler = load_pretrained(base, DDPMScheduler.from_pretrained, "scheduler")
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UsageError(
+            f"the base model predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
+        )
+    vae_config = load_pretrained(base, AutoencoderKL.load_config, "vae")
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if resolution % factor:
+        below = resolution // factor * factor
+        raise UsageError(
+            f"--resolution {resolution} is no multiple of {factor}, which the VAE needs: "
+            f"take {below or factor} or {below + factor}"
+        )
+    return noise_scheduler, vae_config["latent_channels"], resolution // factor

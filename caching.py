@@ -6,11 +6,11 @@ that no step will see, and nothing twice: encoding ahead never costs more than e
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
-import sys
+import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from tqdm.auto import tqdm
 
 from data import CustomDiffusionDataset, View
 from pictures import remove_half_written, write_whole
+
+logger = logging.getLogger("custom_diffusion")
 
 PIXELS_AT_ONCE = 8 * 512**2  # encoded together on a GPU
 CAPTIONS_AT_ONCE = 32
@@ -58,6 +60,29 @@ def sample_latents(posterior: Tensor, noise: Tensor, scaling_factor: float) -> T
     """Draw from posteriors (N, 2, C, h, w) with the given noise (N, C, h, w): scaled latents (N, C, h, w), float32."""
     mean, std = posterior.float().unbind(1)
     return (mean + std * noise) * scaling_factor
+
+
+def encode_pictures(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+    num_workers: int = 0,
+) -> None:
+    """Encode what these items of the stream show, and leave the posteriors with the dataset.
+
+    Args:
+        vae, accelerator, folder, num_workers: see :func:`encode_views`.
+    """
+    started = time.perf_counter()
+    views, _ = dataset.drawn(positions)
+    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, num_workers)
+    drawn = len(positions) * (2 if dataset.class_images else 1)
+    logger.info(
+        f"{len(views)} encoded pictures for the {drawn} that the steps will draw, in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
 
 
 class _Rendered(Dataset):
@@ -187,6 +212,27 @@ def read_posterior(path: Path) -> Tensor | None:
 # --- text features -------------------------------------------------------------------------------
 
 
+def encode_texts(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    encode_prompts: Callable[[Tensor], Tensor],
+    modifier_ids: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Encode the captions among these items that hold nothing to learn, and leave the features with the dataset.
+
+    Args:
+        encode_prompts: see :func:`encode_captions`.
+        modifier_ids: of the modifier tokens, behind the whole vocabulary.
+    """
+    _, prompts = dataset.drawn(positions)
+    first_new = min(modifier_ids, default=math.inf)
+    for kind, captions in prompts.items():
+        # All of a kind or none, so that a batch always has the same shape.
+        if captions and all(dataset.tokenize(caption).max() < first_new for caption in captions):
+            dataset.text_features[kind] = encode_captions(encode_prompts, dataset, captions, device)
+
+
 @torch.no_grad()
 def encode_captions(
     encode_prompts: Callable[[Tensor], Tensor],
@@ -212,21 +258,3 @@ def encode_captions(
         input_ids = torch.stack([dataset.tokenize(caption) for caption in batch])
         features |= zip(batch, encode_prompts(input_ids.to(device)).cpu(), strict=True)
     return features
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def return_freed_memory() -> None:
-    """Give back to the system what was freed and what allocators keep for later."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the free pages of glibc's heap back to the system."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)

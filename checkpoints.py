@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,14 @@ from pictures import UsageError, first_line, remove_half_written, write_whole
 logger = logging.getLogger("custom_diffusion")
 
 SETTINGS_NAME = "training_settings.json"
+# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
+FREE_ON_RESUME = {
+    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
+    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
+    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
+    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
+}  # fmt: skip
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -73,6 +84,27 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     raise UsageError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
 
 
+def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
+    """Give a complete checkpoint its name, and then remove older ones beyond the limit.
+
+    Args:
+        temporary: the folder that it was written into, beside ``path``.
+        path: ``checkpoint-<step>``; an earlier run's is replaced.
+        limit: how many are kept, if not all.
+    """
+    # An earlier run's checkpoint of the same step is moved aside first: a folder cannot be renamed onto another.
+    replaced = path.with_name(f".{path.name}.old")
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if limit is not None:
+        # Only up to this step: later ones are of an earlier, longer run in the same folder.
+        own = [older for older in list_checkpoints(path.parent) if checkpoint_step(older) <= checkpoint_step(path)]
+        for older in own[:-limit]:
+            shutil.rmtree(older)
+
+
 def last_checkpoint(output_dir: Path) -> str:
     """Words about what can be gone on from."""
     present = list_checkpoints(output_dir)
@@ -88,6 +120,27 @@ def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
 
 
 # --- settings ------------------------------------------------------------------------------------
+
+
+def describe_settings(
+    args: argparse.Namespace,
+    instance_images: Sequence[tuple[Path, str]],
+    concepts: Sequence[dict[str, str]],
+    num_processes: int,
+) -> dict[str, Any]:
+    """All that decides what a run learns, for comparison with another run.
+
+    Args:
+        instance_images: the instance pictures with their prompts.
+        concepts: with prior preservation, each with ``class_prompt``.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
+    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in instance_images]
+    if args.with_prior_preservation:
+        settings["class_prompts"] = [concept["class_prompt"] for concept in concepts]
+    return settings
 
 
 def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
@@ -115,6 +168,20 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def make_output_dir(folder: str) -> None:
+    """Make the output folder.
+
+    Raises:
+        UsageError: where that is not possible, before hours are spent on what cannot be saved.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder!r} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--output_dir {folder!r} cannot be written to")
 
 
 def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:

@@ -1,7 +1,8 @@
-"""Pictures and prompts: finding them, reading them as people see them, and making training samples of them."""
+"""Concepts, pictures and prompts: finding them, reading them as people see them, making samples of them."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import logging
@@ -18,16 +19,66 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
+from concept import is_hub_id
 from pictures import UsageError, first_line, load_image, readable_images
 
 logger = logging.getLogger("custom_diffusion")
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of an image folder's metadata, the first that there is
+
+
+# --- concepts ------------------------------------------------------------------------------------
+
+
+def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
+
+    Returns:
+        One dictionary per concept with ``instance_prompt`` and ``instance_data_dir``, and with prior preservation
+        ``class_prompt`` and ``class_data_dir``.
+
+    Raises:
+        UsageError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
+    """
+    needed = ["instance_prompt", "instance_data_dir"]
+    needed += ["class_prompt", "class_data_dir"] * args.with_prior_preservation
+    if args.concepts_list is None:
+        concepts = [{key: getattr(args, key) for key in needed}]
+    else:
+        concepts = _read_json(args.concepts_list)
+        if not isinstance(concepts, list) or not concepts or not all(isinstance(entry, dict) for entry in concepts):
+            raise UsageError(
+                f"{args.concepts_list} must hold a list of concepts, each an object with {', '.join(needed)}"
+            )
+        for number, concept in enumerate(concepts, 1):
+            for key in needed:
+                if not isinstance(concept.get(key), str) or not concept[key]:
+                    raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
+    for concept in concepts:
+        for key in needed:
+            if not concept[key].isprintable():
+                raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
+        name = concept["instance_data_dir"]
+        if not Path(name).is_dir():
+            if not is_hub_id(name.split("@")[0]):
+                raise UsageError(f"there is no folder {name!r} (instance_data_dir)")
+            concept["instance_data_dir"] = str(dataset_folder(name, Path(HF_HOME, "custom-diffusion")))
+    return concepts
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # broken JSON and text that is not UTF-8
+        raise UsageError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -245,26 +296,6 @@ def _retrieved_path(folder: Path, name: str) -> Path:
 
 
 # --- samples -------------------------------------------------------------------------------------
-
-
-class PromptDataset(Dataset):
-    """The prompts of class images that are to be generated.
-
-    Args:
-        prompt: the class prompt, the same for every image.
-        num_samples: how many images are wanted.
-        taken: numbers that are in use already; new images get the lowest free ones.
-    """
-
-    def __init__(self, prompt: str, num_samples: int, taken: Sequence[int] = ()) -> None:
-        self.prompt = prompt
-        self.numbers = [number for number in range(num_samples + len(taken)) if number not in set(taken)][:num_samples]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": self.prompt, "index": self.numbers[index]}
 
 
 @dataclass(frozen=True)

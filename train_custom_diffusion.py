@@ -2,20 +2,16 @@
 
 Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023 (arXiv 2212.04488): fine-tune the
 key and value projections of the UNet's cross-attention and one new word per concept, on the pictures plus class
-images that keep what the model knew. This file reads in that order: arguments, data, tokens, attention, loss,
-class images, loop, saving.
+images that keep what the model knew. This file reads in that order: arguments, data, tokens, attention, loss, the
+run, the loop, saving.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
 import importlib.util
-import json
 import logging
 import math
-import mmap
 import os
 import shlex
 import shutil
@@ -33,55 +29,44 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import diffusers
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import LoggerType, set_seed
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from caching import (
-    encode_captions,
-    encode_posterior,
-    encode_views,
-    return_freed_memory,
-    sample_latents,
-    trim_heap,
-)
+from base_model import BaseModel, check_base_model, load_pretrained, load_tokenizer
+from caching import encode_pictures, encode_posterior, encode_texts, sample_latents
 from checkpoints import (
     Interrupted,
     StopSignal,
     cannot_write,
     checkpoint_step,
     claim_output_dir,
+    describe_settings,
     find_checkpoint,
     last_checkpoint,
     list_checkpoints,
+    make_output_dir,
+    put_checkpoint,
     remove_leftovers,
     write_settings,
 )
+from class_images import generate_class_images
 from concept import (
     CARD_NAME,
     Concept,
@@ -95,27 +80,25 @@ from concept import (
 from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config, switch
 from data import (
     CustomDiffusionDataset,
-    PromptDataset,
     collate_fn,
-    dataset_folder,
     find_class_images,
     find_instance_images,
     position_batches,
+    read_concepts,
 )
-from pictures import UsageError, first_line, readable_images, remove_half_written, write_image, write_whole
+from machine import build_accelerator, peak_memory, release_pages, return_freed_memory, trim_heap, use_all_cores
+from pictures import UsageError, write_image, write_whole
+from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
 
 logger = logging.getLogger("custom_diffusion")
 
-# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
-FREE_ON_RESUME = {
-    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
-    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
-    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
-    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
-}  # fmt: skip
 STEPS_BETWEEN_READS = 10  # of losses on a GPU: reading one waits until the GPU has done all that it was given
 LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
+# Flags that a model card shows.
+SHOWN_ON_CARD = (
+    "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    "with_prior_preservation", "real_prior", "hflip", "noaug", "seed",
+)  # fmt: skip
 MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
 
 
@@ -297,52 +280,35 @@ def _require(parser: argparse.ArgumentParser, package: str, flag: str, requireme
         parser.error(f"{flag} needs the package {package}: pip install -r {requirements}")
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
-def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
-
-    Returns:
-        One dictionary per concept with ``instance_prompt`` and ``instance_data_dir``, and with prior preservation
-        ``class_prompt`` and ``class_data_dir``.
-
-    Raises:
-        UsageError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
-    """
-    needed = ["instance_prompt", "instance_data_dir"]
-    needed += ["class_prompt", "class_data_dir"] * args.with_prior_preservation
-    if args.concepts_list is None:
-        concepts = [{key: getattr(args, key) for key in needed}]
-    else:
-        concepts = _read_json(args.concepts_list)
-        if not isinstance(concepts, list) or not concepts or not all(isinstance(entry, dict) for entry in concepts):
-            raise UsageError(
-                f"{args.concepts_list} must hold a list of concepts, each an object with {', '.join(needed)}"
-            )
-        for number, concept in enumerate(concepts, 1):
-            for key in needed:
-                if not isinstance(concept.get(key), str) or not concept[key]:
-                    raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
-    for concept in concepts:
-        for key in needed:
-            if not concept[key].isprintable():
-                raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
-        name = concept["instance_data_dir"]
-        if not Path(name).is_dir():
-            if not is_hub_id(name.split("@")[0]):
-                raise UsageError(f"there is no folder {name!r} (instance_data_dir)")
-            concept["instance_data_dir"] = str(dataset_folder(name, Path(HF_HOME, "custom-diffusion")))
-    return concepts
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # broken JSON and text that is not UTF-8
-        raise UsageError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
+def build_dataset(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> CustomDiffusionDataset:
+    """The training samples; class images that are missing are generated first."""
+    class_images = inputs.class_images
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(
+            inputs.base,
+            inputs.concepts,
+            accelerator,
+            args.num_class_images,
+            args.sample_batch_size,
+            args.seed,
+            args.prior_generation_precision,
+        )
+        class_images = find_class_images(inputs.concepts, args.num_class_images, real_prior=False)
+    return CustomDiffusionDataset(
+        inputs.instance_images,
+        class_images,
+        inputs.tokenizer,
+        size=args.resolution,
+        mask_size=inputs.latent_size,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        aug=not args.noaug,
+        seed=args.seed,
+        variants=None if args.no_latent_cache else args.latent_variants,
+    )
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -695,194 +661,48 @@ class CustomDiffusion(nn.Module):
             value.copy_(stored[name])
 
 
-# --- the base model ------------------------------------------------------------------------------
-
-
-def load_pretrained(loader: Callable, args: argparse.Namespace, subfolder: str | None, **options: Any) -> Any:
-    """Call a ``from_pretrained`` or ``load_config`` on the base model.
-
-    Raises:
-        UsageError: in one line, where the libraries' errors are pages.
-    """
-    name = args.pretrained_model_name_or_path
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UsageError(f"there is no model folder {name!r} (--pretrained_model_name_or_path)")
-    if subfolder is not None:
-        options["subfolder"] = subfolder
-    try:
-        return loader(name, revision=args.revision, **options)
-    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
-        reason = first_line(error)
-        what = subfolder or "model_index.json"
-        where = (
-            f"in the folder {name!r}"
-            if Path(name).is_dir()
-            else f"of {name!r} from the Hub, and no such folder is here"
-        )
-        raise UsageError(f"cannot load the {what} {where} (--pretrained_model_name_or_path): {reason}") from error
-
-
-def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
-    """The base model's tokenizer, or that of ``--tokenizer_name``."""
-    if args.tokenizer_name is None:
-        return load_pretrained(CLIPTokenizer.from_pretrained, args, "tokenizer")
-    try:
-        return CLIPTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
-    except Exception as error:
-        raise UsageError(f"cannot load the tokenizer {args.tokenizer_name!r} (--tokenizer_name)") from error
-
-
-def check_base_model(args: argparse.Namespace) -> tuple[DDPMScheduler, int, int]:
-    """Look at the model's configuration files, which are small, before any weights are read.
-
-    Returns:
-        The noise scheduler, the number of latent channels and the side of the latents.
-
-    Raises:
-        UsageError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
-    """
-    index = load_pretrained(DiffusionPipeline.load_config, args, None)
-    if "text_encoder_2" in index or "unet" not in index:
-        raise UsageError(
-            f"{args.pretrained_model_name_or_path!r} is a {index.get('_class_name')}: "
-            "Stable Diffusion 1.x and 2.x can be trained so far"
-        )
-    noise_scheduler = load_pretrained(DDPMScheduler.from_pretrained, args, "scheduler")
-    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UsageError(
-            f"the base model predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
-        )
-    vae_config = load_pretrained(AutoencoderKL.load_config, args, "vae")
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    if args.resolution % factor:
-        below = args.resolution // factor * factor
-        raise UsageError(
-            f"--resolution {args.resolution} is no multiple of {factor}, which the VAE needs: "
-            f"take {below or factor} or {below + factor}"
-        )
-    return noise_scheduler, vae_config["latent_channels"], args.resolution // factor
-
-
-# --- class images --------------------------------------------------------------------------------
-
-
-def derived_seed(*parts: Any) -> int:
-    """A seed below 2^63 that differs wherever one of the parts does."""
-    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def generate_class_images(
-    args: argparse.Namespace, concepts: Sequence[dict[str, str]], accelerator: Accelerator
-) -> None:
-    """Generate the class images that are missing; what is there already stays and counts.
-
-    Image k of a prompt has a noise of its own, made from seed, prompt and k: no two are alike, on however many
-    processes, and an interrupted generation goes on with the images it would have made.
-    """
-    missing = []
-    for concept in concepts:
-        folder = Path(concept["class_data_dir"])
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_half_written(folder)
-        accelerator.wait_for_everyone()
-        if (folder / "images.txt").exists():
-            raise UsageError(
-                f"{str(folder)!r} holds real class images, as retrieve.py brings them: add --real_prior, "
-                "or give another --class_data_dir for generated ones"
-            )
-        present, _ = readable_images([path for path in folder.iterdir() if path.is_file()])
-        numbers = [int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdecimal()]
-        # Every process has to count before one of them writes.
-        accelerator.wait_for_everyone()
-        if len(present) < args.num_class_images:
-            missing.append(
-                (folder, PromptDataset(concept["class_prompt"], args.num_class_images - len(present), numbers))
-            )
-    if not missing:
-        return
-
-    default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
-    precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline = load_pretrained(
-        DiffusionPipeline.from_pretrained,
-        args,
-        None,
-        dtype=precisions.get(args.prior_generation_precision, default),
-        variant=args.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    for folder, prompts in missing:
-        share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
-        progress = tqdm(
-            total=len(prompts),
-            desc=f"Class images of {prompts.prompt!r}",
-            unit="image",
-            disable=not accelerator.is_local_main_process,
-        )
-        for batch in DataLoader(share, batch_size=args.sample_batch_size):
-            numbers = batch["index"].tolist()
-            generators = [
-                torch.Generator().manual_seed(derived_seed(args.seed, prompts.prompt, number)) for number in numbers
-            ]
-            images = pipeline(batch["prompt"], generator=generators).images
-            for number, image in zip(numbers, images, strict=True):
-                digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-                write_image(folder / f"{number}-{digest}.jpg", image, "JPEG", quality=95)
-            progress.update(min(len(numbers) * accelerator.num_processes, len(prompts) - progress.n))
-        progress.close()
-    del pipeline
-    return_freed_memory()
-    accelerator.wait_for_everyone()
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
-
-    It gets its name only when it is complete, and older ones beyond the limit go only after that.
-
-    Raises:
-        UsageError: where it cannot be written; earlier checkpoints are intact.
-    """
-    accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
-    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            concept = run.learned()
-            save_concept(concept, temporary, bin_too=False)
-            card = render_card(run, concept, step)
-            write_whole(temporary / CARD_NAME, lambda file: file.write(card))
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary / "training_state"))
-        if accelerator.is_main_process:
-            write_settings(run.settings, temporary / "training_state")
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise cannot_write(path, error, output_dir) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        # An earlier run's checkpoint of the same step is moved aside first: a folder cannot be renamed onto another.
-        replaced = output_dir / f".checkpoint-{step}.old"
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if run.args.checkpoints_total_limit is not None:
-            # Only up to this step: later ones are of an earlier, longer run in the same folder.
-            own = [older for older in list_checkpoints(output_dir) if checkpoint_step(older) <= step]
-            for older in own[: -run.args.checkpoints_total_limit]:
-                shutil.rmtree(older)
-    logger.info(f"saved {path}")
-
-
 # --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user gave, read and checked; no weights among it."""
+
+    base: BaseModel
+    concepts: list[dict[str, str]]
+    instance_images: list[tuple[Path, str]]
+    class_images: list[tuple[Path, str]]
+    checkpoint: Path | None
+    noise_scheduler: DDPMScheduler
+    latent_channels: int
+    latent_size: int
+    tokenizer: CLIPTokenizer
+    modifier_tokens: ModifierTokens
+
+
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Read and check all that is small: a mistake should show before anything slow is loaded or written."""
+    concepts = read_concepts(args)
+    tokens, initializers = parse_modifier_tokens(args, concepts)
+    instance_images = find_instance_images(concepts, tokens)
+    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    base = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
+    noise_scheduler, latent_channels, latent_size = check_base_model(base, args.resolution)
+    tokenizer = load_tokenizer(base, args.tokenizer_name)
+    modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
+    return Inputs(
+        base,
+        concepts,
+        instance_images,
+        class_images,
+        checkpoint,
+        noise_scheduler,
+        latent_channels,
+        latent_size,
+        tokenizer,
+        modifier_tokens,
+    )
 
 
 @dataclass
@@ -917,51 +737,6 @@ class Run:
         return self.module.learned(self.args.pretrained_model_name_or_path)
 
 
-def release_pages(tensor: Tensor) -> None:
-    """Give back the memory of a tensor that nothing will read again.
-
-    Weights files are mapped into memory, and a page that was read stays resident until the last tensor of its file
-    is gone: casting a model would hold it twice for a while (measured: 5.9 GiB at the peak rather than 3.8).
-    """
-    if sys.platform == "linux" and tensor.device.type == "cpu":
-        page = mmap.PAGESIZE
-        first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
-        if end > first:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-
-
-def use_all_cores() -> None:
-    """Let torch compute on every core of a CPU: launchers leave it a single thread unless they are told otherwise."""
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
-
-    Raises:
-        UsageError: where accelerate's own configuration asks for what this machine cannot do.
-    """
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-            kwargs_handlers=[
-                # The frozen weights are in the compute type already: autocast would only cast again at every step.
-                AutocastKwargs(enabled=False),
-            ],
-        )
-    except ValueError as error:
-        raise UsageError(f"accelerate's configuration does not fit this machine: {error}") from error
-    # Checkpoints hold what is trained, and save_checkpoint writes that; the frozen gigabytes stay where they are.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    return accelerator
-
-
 def build_optimizer(
     args: argparse.Namespace, parameters: list[nn.Parameter], accelerator: Accelerator
 ) -> torch.optim.Optimizer:
@@ -985,42 +760,38 @@ def build_optimizer(
     )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the user gave, read and checked; no weights among it."""
-
-    concepts: list[dict[str, str]]
-    instance_images: list[tuple[Path, str]]
-    class_images: list[tuple[Path, str]]
-    checkpoint: Path | None
-    noise_scheduler: DDPMScheduler
-    latent_channels: int
-    latent_size: int
-    tokenizer: CLIPTokenizer
-    modifier_tokens: ModifierTokens
+def quiet_libraries(accelerator: Accelerator) -> None:
+    """Leave the screen to our own messages and to warnings, and let only the main process speak."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # diffusers still passes it to the Hub
+    for library in (transformers, diffusers):
+        if accelerator.is_local_main_process:
+            library.utils.logging.set_verbosity_warning()
+        else:
+            library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
-def check_inputs(args: argparse.Namespace) -> Inputs:
-    """Read and check all that is small: a mistake should show before anything slow is loaded or written."""
-    concepts = read_concepts(args)
-    tokens, initializers = parse_modifier_tokens(args, concepts)
-    instance_images = find_instance_images(concepts, tokens)
-    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
-    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-    noise_scheduler, latent_channels, latent_size = check_base_model(args)
-    tokenizer = load_tokenizer(args)
-    modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
-    return Inputs(
-        concepts,
-        instance_images,
-        class_images,
-        checkpoint,
-        noise_scheduler,
-        latent_channels,
-        latent_size,
-        tokenizer,
-        modifier_tokens,
-    )
+def open_output_dir(
+    args: argparse.Namespace, settings: dict[str, Any], checkpoint: Path | None, accelerator: Accelerator
+) -> None:
+    """Make the output folder this run's, and start all that records it: configuration, trackers and the Hub.
+
+    Raises:
+        UsageError: where the folder cannot be written to or holds another run, or the Hub refuses.
+    """
+    make_output_dir(args.output_dir)
+    if not accelerator.is_main_process:
+        return
+    claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite)
+    save_config(args, Path(args.output_dir, CONFIG_NAME))
+    accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+    for tracker in accelerator.trackers:
+        logger.info(f"follow this run: {tracker_address(tracker)}")
+    if args.push_to_hub:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        args.hub_model_id = create_hub_repository(name, args.hub_token)
 
 
 def compute_type(accelerator: Accelerator) -> torch.dtype:
@@ -1028,20 +799,20 @@ def compute_type(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def load_vae(args: argparse.Namespace, accelerator: Accelerator, **options: Any) -> AutoencoderKL:
+def load_vae(base: BaseModel, accelerator: Accelerator, **options: Any) -> AutoencoderKL:
     """The frozen VAE, on the device; ``options`` go to ``from_pretrained``."""
     dtype = compute_type(accelerator)
-    vae = load_pretrained(AutoencoderKL.from_pretrained, args, "vae", variant=args.variant, dtype=dtype, **options)
+    vae = load_pretrained(base, AutoencoderKL.from_pretrained, "vae", variant=base.variant, dtype=dtype, **options)
     return vae.requires_grad_(False).to(accelerator.device)
 
 
 def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerator) -> CustomDiffusion:
     """The trainable module; all that is frozen in it is in the compute type."""
-    load = partial(load_pretrained, args=args, variant=args.variant)
+    load = partial(load_pretrained, inputs.base, variant=inputs.base.variant, dtype=torch.float32)
     # The projections to train are copied from these full-precision weights, before the rest is cast.
     model = CustomDiffusion(
-        load(CLIPTextModel.from_pretrained, subfolder="text_encoder", dtype=torch.float32),
-        load(UNet2DConditionModel.from_pretrained, subfolder="unet", dtype=torch.float32),
+        load(CLIPTextModel.from_pretrained, "text_encoder"),
+        load(UNet2DConditionModel.from_pretrained, "unet"),
         inputs.noise_scheduler,
         inputs.modifier_tokens,
         train_q_out=args.freeze_model == "crossattn",
@@ -1058,44 +829,6 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
     return model
 
 
-def encode_pictures(
-    args: argparse.Namespace, accelerator: Accelerator, dataset: CustomDiffusionDataset, positions: range
-) -> tuple[AutoencoderKL | None, float]:
-    """Encode what these items of the stream show, unless every step is to do it.
-
-    Returns:
-        The VAE where it is needed again, and its scaling factor.
-    """
-    vae = load_vae(args, accelerator)
-    scaling_factor = vae.config.scaling_factor
-    if args.no_latent_cache:
-        return vae, scaling_factor
-    started = time.perf_counter()
-    views, _ = dataset.drawn(positions)
-    folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
-    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, args.dataloader_num_workers)
-    drawn = len(positions) * (2 if dataset.class_images else 1)
-    logger.info(
-        f"{len(views)} encoded pictures for the {drawn} that the steps will draw, in "
-        f"{time.perf_counter() - started:.1f} s"
-    )
-    del vae
-    return_freed_memory()
-    return None, scaling_factor
-
-
-def encode_texts(model: CustomDiffusion, dataset: CustomDiffusionDataset, positions: range) -> None:
-    """Encode the captions among these items that hold nothing to learn; the text encoder leaves where none is left."""
-    _, prompts = dataset.drawn(positions)
-    device, first_new = model.unet.device, min(model.modifier_tokens.ids, default=math.inf)
-    for kind, captions in prompts.items():
-        # All of a kind or none, so that a batch always has the same shape.
-        if captions and all(dataset.tokenize(caption).max() < first_new for caption in captions):
-            dataset.text_features[kind] = encode_captions(model.encode_prompts, dataset, captions, device)
-    if "instance" in dataset.text_features:
-        model.text_encoder.to("cpu")
-
-
 def prepare_run(args: argparse.Namespace) -> Run:
     """Everything up to the first step."""
     accelerator = build_accelerator(args)
@@ -1104,47 +837,28 @@ def prepare_run(args: argparse.Namespace) -> Run:
         remove_leftovers(Path(args.output_dir))
     accelerator.wait_for_everyone()
     inputs = check_inputs(args)
-    make_output_dir(args)
-    settings = describe_settings(args, inputs, accelerator.num_processes)
-    if accelerator.is_main_process:
-        claim_output_dir(Path(args.output_dir), settings, inputs.checkpoint, args.overwrite)
     # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
     set_seed(args.seed, device_specific=True)
+    settings = describe_settings(args, inputs.instance_images, inputs.concepts, accelerator.num_processes)
+    open_output_dir(args, settings, inputs.checkpoint, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if accelerator.is_main_process:
-        save_config(args, Path(args.output_dir, CONFIG_NAME))
-        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
-        for tracker in accelerator.trackers:
-            logger.info(f"follow this run: {tracker_address(tracker)}")
-        if args.push_to_hub:
-            create_hub_repository(args)
-
-    class_images = inputs.class_images
-    if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(args, inputs.concepts, accelerator)
-        class_images = find_class_images(inputs.concepts, args.num_class_images, real_prior=False)
-    first_step = 0 if inputs.checkpoint is None else checkpoint_step(inputs.checkpoint)
-    dataset = CustomDiffusionDataset(
-        inputs.instance_images,
-        class_images,
-        inputs.tokenizer,
-        size=args.resolution,
-        mask_size=inputs.latent_size,
-        center_crop=args.center_crop,
-        hflip=args.hflip,
-        aug=not args.noaug,
-        seed=args.seed,
-        variants=None if args.no_latent_cache else args.latent_variants,
-    )
+    dataset = build_dataset(args, inputs, accelerator)
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * accelerator.num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
+    first_step = 0 if inputs.checkpoint is None else checkpoint_step(inputs.checkpoint)
     samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     positions = range(first_step * samples_per_step, total_steps * samples_per_step)
     # Before the rest is loaded: the VAE has the memory to itself, and large batches are fast.
-    vae, scaling_factor = encode_pictures(args, accelerator, dataset, positions)
+    vae = load_vae(inputs.base, accelerator)
+    scaling_factor = vae.config.scaling_factor
+    if not args.no_latent_cache:
+        folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
+        encode_pictures(dataset, positions, vae, accelerator, folder, args.dataloader_num_workers)
+        vae = None
+        return_freed_memory()
     model = load_model(args, inputs, accelerator)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
     lr_scheduler = get_scheduler(
@@ -1155,61 +869,17 @@ def prepare_run(args: argparse.Namespace) -> Run:
         num_training_steps=total_steps * accelerator.num_processes,
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    encode_texts(accelerator.unwrap_model(model), dataset, positions)
+    module = accelerator.unwrap_model(model)
+    encode_texts(dataset, positions, module.encode_prompts, inputs.modifier_tokens.ids, accelerator.device)
+    if "instance" in dataset.text_features:
+        # No step needs it any more.
+        module.text_encoder.to("cpu")
     return Run(
         args, inputs, settings, accelerator, vae, scaling_factor, model, optimizer, lr_scheduler, dataset, total_steps
     )
 
 
-def describe_settings(args: argparse.Namespace, inputs: Inputs, num_processes: int) -> dict[str, Any]:
-    """All that decides what a run learns, for comparison with another run."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
-    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in inputs.instance_images]
-    if args.with_prior_preservation:
-        settings["class_prompts"] = [concept["class_prompt"] for concept in inputs.concepts]
-    return settings
-
-
-def make_output_dir(args: argparse.Namespace) -> None:
-    """Make the output folder.
-
-    Raises:
-        UsageError: where that is not possible, before hours are spent on what cannot be saved.
-    """
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
-    if not os.access(args.output_dir, os.W_OK):
-        raise UsageError(f"--output_dir {args.output_dir!r} cannot be written to")
-
-
-def quiet_libraries(accelerator: Accelerator) -> None:
-    """Leave the screen to our own messages and to warnings, and let only the main process speak."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # diffusers still passes it to the Hub
-    for library in (transformers, diffusers):
-        if accelerator.is_local_main_process:
-            library.utils.logging.set_verbosity_warning()
-        else:
-            library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def tracker_address(tracker: Any) -> str:
-    """Where a run can be followed: an address, or the command that shows what is kept on this machine."""
-    if tracker.name == "tensorboard":
-        return f"tensorboard --logdir {shlex.quote(str(tracker.logging_dir))}"
-    if tracker.name == "wandb":
-        return tracker.run.url or f"wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"
-    if tracker.name == "comet_ml":
-        url = tracker.writer.url or ""
-        # Offline it is a sentence; Comet says at the end where its archive is.
-        return url if url.startswith("http") else "Comet, offline"
-    return str(tracker.name)
+# --- the loop ------------------------------------------------------------------------------------
 
 
 def resume(run: Run) -> int:
@@ -1402,7 +1072,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     module = run.module
     module.eval()
     # Where the pictures are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
-    vae = run.vae or load_vae(args, accelerator, local_files_only=True)
+    vae = run.vae or load_vae(run.inputs.base, accelerator, local_files_only=True)
     module.text_encoder.to(accelerator.device)
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -1437,41 +1107,46 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     for number, image in enumerate(images):
         write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(
-                phase, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC"
-            )
-        elif tracker.name == "wandb":
-            import wandb
-
-            captions = [f"{number}: {args.validation_prompt}" for number in range(len(images))]
-            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            tracker.log({phase: pictures}, step=step)
-        elif tracker.name == "comet_ml":
-            for number, image in enumerate(images):
-                tracker.writer.log_image(image, name=f"{phase} {number}: {args.validation_prompt}", step=step)
+        log_pictures(tracker, images, args.validation_prompt, phase, step)
     return images
 
 
 def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = ()) -> bytes:
     """The model card of a checkpoint or of the finished concept."""
     args = run.args
-    shown = [
-        "freeze_model",
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "scale_lr",
-        "with_prior_preservation",
-        "real_prior",
-        "hflip",
-        "noaug",
-        "seed",
-    ]
-    settings = {"steps": steps} | {name: getattr(args, name) for name in shown}
+    settings = {"steps": steps} | {name: getattr(args, name) for name in SHOWN_ON_CARD}
     prompts = [entry["instance_prompt"] for entry in run.inputs.concepts]
     return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
+
+    It gets its name only when it is complete, and older ones beyond the limit go only after that.
+
+    Raises:
+        UsageError: where it cannot be written; earlier checkpoints are intact.
+    """
+    accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
+    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            concept = run.learned()
+            save_concept(concept, temporary, bin_too=False)
+            card = render_card(run, concept, step)
+            write_whole(temporary / CARD_NAME, lambda file: file.write(card))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary / "training_state"))
+        if accelerator.is_main_process:
+            write_settings(run.settings, temporary / "training_state")
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(path, error, output_dir) from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        put_checkpoint(temporary, path, run.args.checkpoints_total_limit)
+    logger.info(f"saved {path}")
 
 
 @dataclass(frozen=True)
@@ -1509,21 +1184,7 @@ def save_result(run: Run) -> Result:
     return Result(concept, [*files, *pictures, CARD_NAME], pictures)
 
 
-def create_hub_repository(args: argparse.Namespace) -> None:
-    """Make the repository before training: a wrong token should not be noticed after it.
-
-    Raises:
-        UsageError: where the Hub refuses.
-    """
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
-        args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    except Exception as error:
-        reason = first_line(error)
-        raise UsageError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
-
-
-def push_to_hub(run: Run, result: Result) -> str:
+def publish(run: Run, result: Result) -> str:
     """Upload exactly the files of the result; gives the address.
 
     Raises:
@@ -1534,30 +1195,12 @@ def push_to_hub(run: Run, result: Result) -> str:
     if not is_hub_id(args.pretrained_model_name_or_path):
         # The Hub refuses a card whose base model is no model of its own, and a local path is nobody's business.
         logger.warning("the base model is a local folder: the card on the Hub will not name it")
-        contents[CARD_NAME] = render_card(
-            run, replace(result.concept, base_model=None), run.total_steps, result.pictures
-        )
-    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    try:
-        api = HfApi(token=args.hub_token)
-        return str(api.create_commit(args.hub_model_id, operations, commit_message="End of training").repo_url)
-    except Exception as error:
-        reason = first_line(error)
-        raise UsageError(
-            f"the upload to {args.hub_model_id!r} failed ({reason}); the files are safe in {args.output_dir!r}, upload "
-            f"them with: hf upload {args.hub_model_id} {shlex.quote(args.output_dir)} --include '*.*' --exclude '*/*' "
-            f"--exclude {CONFIG_NAME}"
-        ) from error
+        concept = replace(result.concept, base_model=None)
+        contents[CARD_NAME] = render_card(run, concept, run.total_steps, result.pictures)
+    return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
 
 
-def peak_memory() -> str:
-    """The most memory that this process has held: of its GPU where it has one, else resident."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 2**30:.1f} GiB of memory"
+# --- the command ---------------------------------------------------------------------------------
 
 
 def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], address: str | None) -> None:
@@ -1588,7 +1231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         result = save_result(run)
-        address = push_to_hub(run, result) if run.args.push_to_hub else None
+        address = publish(run, result) if run.args.push_to_hub else None
         print_summary(run, seconds_per_step, result.files, address)
     accelerator.wait_for_everyone()
     # Freed in this order, two processes end cleanly even on a busy machine.

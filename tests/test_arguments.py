@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from transformers import CLIPTextModel
 
 import train_custom_diffusion
 from concept import ConceptError
@@ -107,10 +109,8 @@ def write_list(path: Path, concepts: object) -> Path:
 @pytest.fixture
 def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where weights are read: all these mistakes can be seen before."""
-    for name in ("CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL", "DiffusionPipeline"):
-        monkeypatch.setattr(
-            getattr(train_custom_diffusion, name), "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
-        )
+    for model in (CLIPTextModel, UNet2DConditionModel, AutoencoderKL, DiffusionPipeline):
+        monkeypatch.setattr(model, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
 
 
 def missing_folder(tmp: Path, **_: Path) -> dict[str, object]:

@@ -15,9 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+from class_images import PromptDataset
 from data import (
     CustomDiffusionDataset,
-    PromptDataset,
     UsageError,
     View,
     collate_fn,
