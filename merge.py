@@ -120,9 +120,11 @@ def merge_weights(base: Tensor, targets: Tensor, values: Tensor, directions: Ten
     """
     base, targets, values, directions = (x.double() for x in (base, targets, values, directions))
     # d C^T is symmetric, so one solve from the left does.
-    change, failed = torch.linalg.solve_ex(directions @ targets.T, values - targets @ base.T)
-    if failed or not torch.isfinite(change).all():
+    products = directions @ targets.T
+    # Equal targets need not fail to solve: rounding decides, and the answer would be arbitrary.
+    if not torch.isfinite(products).all() or torch.linalg.matrix_rank(products, rtol=1e-12) < len(products):
         raise ConceptError("two of the concepts are the same, or their words are: give other --class_words")
+    change = torch.linalg.solve(products, values - targets @ base.T)
     return base + change.T @ directions
 
 

@@ -44,6 +44,10 @@ def assemble(work: Path, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(folder)
+    # transformers loads in the type that the configuration names, diffusers in float32 where none is asked for.
+    config_file = folder / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     # The files that Stable Diffusion's repositories have, rather than the one that save_pretrained writes today.
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_files, folder / "tokenizer")
@@ -113,4 +117,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -56,6 +56,7 @@ def run_block(block: str, home: Path, model: str, **environment: str) -> None:
 
 
 def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path) -> None:
+    shutil.rmtree(home / "class_images")  # generated class images
     (training,) = blocks(README, "bash", "accelerate launch", "INSTANCE_DIR")
     run_block(training, home, str(base_model))
     assert list(load_concept(home / "custom-diffusion-model").tokens) == ["<new1>"]
@@ -66,8 +67,9 @@ def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path) -> N
 
 
 def test_the_readmes_commands_for_the_small_model(home: Path) -> None:
+    shutil.rmtree(home / "class_images")
+    shutil.rmtree(home / "examples")
     for folder in ("base", "examples"):
-        shutil.rmtree(home / folder, ignore_errors=True)
         (home / folder).symlink_to(ROOT / folder)
     (commands,) = blocks(README, "bash", "emoji-cat")
     run_block(commands, home, "")

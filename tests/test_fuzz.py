@@ -102,7 +102,7 @@ def test_pictures_of_any_shape_become_samples(size: tuple[int, int], tokenizer: 
         for position in range(5):
             sample = samples[position]
             assert sample["class_images"].shape == sample["instance_images"].shape == (3, 64, 64)
-            assert sample["mask"].sum() >= 1
+            assert sample["instance_mask"].sum() >= 1
 
 
 def test_animations_give_their_first_picture(tmp_path: Path) -> None:
