@@ -35,15 +35,15 @@ def home(base_model: Path, tmp_path: Path) -> Path:
     """A folder as a user has it after cloning and collecting pictures."""
     for path in [*ROOT.glob("*.py"), ROOT / "concept_list.json"]:
         (tmp_path / path.name).symlink_to(path)
-    draw_pictures(tmp_path / "data" / "cat", 4)
-    for concept in json.loads((ROOT / "concept_list.json").read_text()):
-        draw_pictures(tmp_path / concept["instance_data_dir"], 4)
-        class_dir = tmp_path / concept["class_data_dir"]
-        draw_pictures(class_dir / "images", 3)
+    concepts = json.loads((ROOT / "concept_list.json").read_text())
+    for folder in ("data/cat", *(concept["instance_data_dir"] for concept in concepts)):
+        draw_pictures(tmp_path / folder, 4)
+    for folder in ("real_reg/samples_cat", *(concept["class_data_dir"] for concept in concepts)):
+        draw_pictures(tmp_path / folder / "images", 3)
         # As retrieve.py writes it: paths as seen from where it ran.
-        names = [f"{concept['class_data_dir']}/images/{number}.png" for number in range(3)]
-        (class_dir / "images.txt").write_text("".join(f"{name}\n" for name in names))
-        (class_dir / "caption.txt").write_text("a caption\n" * 3)
+        names = [f"{folder}/images/{number}.png" for number in range(3)]
+        (tmp_path / folder / "images.txt").write_text("".join(f"{name}\n" for name in names))
+        (tmp_path / folder / "caption.txt").write_text("a caption\n" * 3)
     return tmp_path
 
 
