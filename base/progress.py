@@ -76,8 +76,17 @@ class Training:
                 self.save()
                 saved = time.monotonic()
 
-    def log(self, **losses: torch.Tensor) -> None:
-        """Add to the means that are written every 100 steps; nothing is read from the device before."""
+    def update(self, loss: torch.Tensor, peak: float, losses: dict[str, torch.Tensor]) -> None:
+        """One optimizer step down `loss`, at the rate that the schedule with this `peak` has now.
+
+        `losses` go into the means that are written every 100 steps; nothing is read from the device before.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, peak)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1

@@ -5,7 +5,9 @@ the end token's features must tell everything that a caption names, and which un
 CLIP's tell that too, and a modifier token has to be told from others.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from base import world
-from base.progress import Training, device, learning_rate
+from base.progress import Training, device
 from base.tokenizer import RARE_ENTRIES, clip_merges, merges_for, write_tokenizer
 
 BATCH_SIZE = 128
@@ -44,11 +46,24 @@ def new_text_encoder(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     return tokenizer, CLIPTextModel(config)
 
 
-def token_ids(tokenizer: CLIPTokenizer, caption: str, slot: int, filler: int | None = None) -> list[int]:
-    """MAX_LENGTH ids of `caption`, with the token `filler` put in before its character `slot`."""
-    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in (caption[:slot], caption[slot:]))
-    ids = [tokenizer.bos_token_id, *before, *([] if filler is None else [filler]), *after][: MAX_LENGTH - 1]
-    return [*ids, *[tokenizer.eos_token_id] * (MAX_LENGTH - len(ids))]
+@dataclass(frozen=True)
+class SplitCaption:
+    """Token ids of a caption before and after the place where a modifier token would be."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: CLIPTokenizer, example: world.Example) -> Self:
+        """Split and tokenise once: a caption is drawn many times."""
+        parts = example.caption[: example.slot], example.caption[example.slot :]
+        return cls(*(tokenizer(part, add_special_tokens=False).input_ids for part in parts))
+
+    def ids(self, vocabulary: int, filler: int | None = None) -> list[int]:
+        """MAX_LENGTH ids, with the token `filler` in the place; the last two of the `vocabulary` are start and end."""
+        words = [*self.before, *([] if filler is None else [filler]), *self.after]
+        ids = [vocabulary - 2, *words][: MAX_LENGTH - 1]
+        return [*ids, *[vocabulary - 1] * (MAX_LENGTH - len(ids))]
 
 
 class Attributes(torch.nn.Module):
@@ -84,30 +99,26 @@ def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 30
     on = device()
     torch.manual_seed(0)
     tokenizer, text_encoder = new_text_encoder(folder / "tokenizer")
-    captions = world.examples(icons, pool, wide=0.8, seed=3)
-    vocabulary = {name: i for i, name in enumerate(sorted({a for e in captions for a in e.attributes}))}
+    examples = world.examples(icons, pool, wide=0.8, seed=3)
+    captions = [SplitCaption.of(tokenizer, example) for example in examples]
+    vocabulary = {name: i for i, name in enumerate(sorted({a for e in examples for a in e.attributes}))}
     objective = Attributes(text_encoder, len(vocabulary)).to(on)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     training = Training(folder, objective, optimizer, steps)
     for step in training:
         generator = np.random.default_rng((4, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak=1e-3)
         ids, fillers = [], []
         named = torch.zeros(BATCH_SIZE, len(vocabulary))
         for row, index in enumerate(generator.integers(0, len(captions), BATCH_SIZE)):
             # Any entry but the two special ones, which come last.
             filler = int(generator.integers(0, len(tokenizer) - 2)) if generator.random() < 0.5 else None
             fillers.append(-1 if filler is None else filler)
-            ids.append(token_ids(tokenizer, captions[index].caption, captions[index].slot, filler))
-            named[row, [vocabulary[name] for name in captions[index].attributes]] = 1
+            ids.append(captions[index].ids(len(tokenizer), filler))
+            named[row, [vocabulary[name] for name in examples[index].attributes]] = 1
         # Nothing after the end token can change its features: the longest caption decides the length.
         longest = max(row.index(tokenizer.eos_token_id) for row in ids) + 1
         batch = torch.tensor(ids, device=on)[:, :longest], named.to(on), torch.tensor(fillers, device=on)
         attributes, word, right = objective(*batch)
-        (attributes + 0.3 * word).backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.log(attributes=attributes, unknown_word=word, all_right=right)
+        losses = {"attributes": attributes, "unknown_word": word, "all_right": right}
+        training.update(attributes + 0.3 * word, peak=1e-3, losses=losses)
     text_encoder.eval().save_pretrained(folder / "trained")

@@ -1,8 +1,5 @@
 """The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from base import world
-from base.progress import Training, autocast, device, learning_rate
-from base.train_text_encoder import MAX_LENGTH
+from base.progress import Training, autocast, device
+from base.train_text_encoder import SplitCaption
 from base.train_vae import LATENT_CHANNELS, as_tensor
 
 BATCH_SIZE = 64
@@ -38,8 +35,8 @@ def new_unet(width: int) -> UNet2DConditionModel:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with velocity as what is predicted (Salimans and Ho 2022, appendix D)."""
+def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule; velocity is predicted if not asked otherwise (Salimans and Ho 2022)."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -47,7 +44,7 @@ def new_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
     )
 
 
@@ -79,31 +76,14 @@ class Denoising(torch.nn.Module):
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), target)
 
 
-@dataclass(frozen=True)
-class SplitCaption:
-    """Token ids of a caption before and after the place where a modifier token would be."""
-
-    before: list[int]
-    after: list[int]
-
-    @classmethod
-    def of(cls, tokenizer: CLIPTokenizer, example: world.Example) -> SplitCaption:
-        """Split and tokenise once: a caption is drawn many times."""
-        parts = example.caption[: example.slot], example.caption[example.slot :]
-        return cls(*(tokenizer(part, add_special_tokens=False).input_ids for part in parts))
-
-    def ids(self, generator: np.random.Generator, vocabulary: int) -> list[int]:
-        """MAX_LENGTH ids: sometimes of no caption at all, sometimes with an unknown word before the noun."""
-        # The two special tokens come last in the vocabulary.
-        start, end = vocabulary - 2, vocabulary - 1
-        dice = generator.random()
-        words = [*self.before, *self.after]
-        if dice < UNCONDITIONAL:
-            words = []
-        elif dice > 1 - UNKNOWN_WORD:
-            words = [*self.before, int(generator.integers(0, start)), *self.after]
-        ids = [start, *words][: MAX_LENGTH - 1]
-        return [*ids, *[end] * (MAX_LENGTH - len(ids))]
+def caption_ids(caption: SplitCaption, generator: np.random.Generator, vocabulary: int) -> list[int]:
+    """MAX_LENGTH ids: sometimes of no caption at all, sometimes with an unknown word before the noun."""
+    dice = generator.random()
+    if dice < UNCONDITIONAL:
+        return SplitCaption([], []).ids(vocabulary)
+    # Any entry but the two special ones, which come last.
+    filler = int(generator.integers(0, vocabulary - 2)) if dice > 1 - UNKNOWN_WORD else None
+    return caption.ids(vocabulary, filler)
 
 
 def train(
@@ -139,10 +119,8 @@ def train(
             captions = [SplitCaption.of(tokenizer, example) for example in examples]
             means, deviations = encoded(vae, examples, on)
         generator = np.random.default_rng((7, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak=1.2e-3)
         chosen = generator.integers(0, len(examples), BATCH_SIZE)
-        ids = [captions[index].ids(generator, len(tokenizer)) for index in chosen]
+        ids = [caption_ids(captions[index], generator, len(tokenizer)) for index in chosen]
         draw = torch.Generator().manual_seed(step)
         noise, resample = torch.randn((2, BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=draw).to(on)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=draw).to(on)
@@ -152,11 +130,7 @@ def train(
             features = text_encoder(torch.tensor(ids, device=on)).last_hidden_state
         with autocast(on):
             loss = objective(latents.contiguous(memory_format=torch.channels_last), noise, timesteps, features)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.log(loss=loss)
+        training.update(loss, peak=1.2e-3, losses={"loss": loss})
     objective.load_state_dict(training.average)
     unet.eval().save_pretrained(folder / "trained")
     scheduler.save_pretrained(folder / "scheduler")

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from base import world
-from base.progress import Training, autocast, device, learning_rate
+from base.progress import Training, autocast, device
 
 LATENT_CHANNELS = 32
 # A picture is 4096 errors to learn from: many small steps come further than few large ones in the same time.
@@ -81,19 +81,13 @@ def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60
     pictures = training_pictures(icons, pool, seed=1)
     for step in training:
         generator = np.random.default_rng((2, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak=1.2e-3)
         pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
         noise = torch.randn(
             (BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=torch.Generator().manual_seed(step)
         ).to(on)  # fmt: skip
         with autocast(on):
             loss, squared = objective(pixels, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.log(loss=loss, squared_error=squared)
+        training.update(loss, peak=1.2e-3, losses={"loss": loss, "squared_error": squared})
     normalise(vae, pictures[:: max(1, len(pictures) // 2048)])
     vae.eval().save_pretrained(folder / "first")
 
@@ -113,19 +107,14 @@ def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 6
     pictures = training_pictures(icons, pool, seed=8)
     for step in training:
         generator = np.random.default_rng((9, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak=1e-3)
         pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
         with autocast(on):
             with torch.no_grad():
                 posterior = vae.encode(pixels).latent_dist
             decoded = decoder(posterior.mean).float()
         squared = functional.mse_loss(decoded, pixels)
-        (squared + 0.1 * functional.l1_loss(decoded, pixels)).backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.log(squared_error=squared)
+        loss = squared + 0.1 * functional.l1_loss(decoded, pixels)
+        training.update(loss, peak=1e-3, losses={"squared_error": squared})
     vae.eval().save_pretrained(folder / "trained")
 
 

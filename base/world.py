@@ -184,8 +184,13 @@ def simple_example(icons: dict[str, np.ndarray], noun: str, design: str, generat
     return Example(picture, caption, (f"1:{noun}", *((f"bg:{ground}",) if named else ())), template.index("{}"))
 
 
-def wide_example(icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator) -> Example:
-    """The wider world: any place and size, scenes, dyed drawings, and two things beside each other."""
+def wide_example(
+    icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, known: dict[str, list[str]]
+) -> Example:
+    """The wider world: any place and size, scenes, dyed drawings, and two things beside each other.
+
+    `known` has the designs of every noun, of which the second thing is one.
+    """
     kind = generator.choice(["plain", "size", "scene", "pair"], p=[0.25, 0.3, 0.2, 0.25])
     ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
     picture = background(ground, generator).copy()
@@ -203,7 +208,7 @@ def wide_example(icons: dict[str, np.ndarray], noun: str, design: str, generator
     before = ""
     if kind == "pair":
         other = str(generator.choice([name for name in NOUNS if name != noun]))
-        other_words, other_icon = thing(2, other, str(generator.choice(designs_of(icons, other))))
+        other_words, other_icon = thing(2, other, str(generator.choice(known[other])))
         for index, drawing in enumerate((icon, other_icon)):
             side = RESOLUTION * generator.uniform(0.42, 0.52)
             left = RESOLUTION * (0.25 + 0.5 * index) - side / 2 + generator.uniform(-1.5, 1.5)
@@ -237,26 +242,19 @@ def wide_example(icons: dict[str, np.ndarray], noun: str, design: str, generator
     return Example(picture, caption, tuple(attributes), template.index("{}"))
 
 
-_DESIGNS: dict[str, list[str]] = {}
-
-
-def designs_of(icons: dict[str, np.ndarray], noun: str) -> list[str]:
-    """`designs` without the held-out ones, remembered: the drawings are looked up for every picture."""
-    if noun not in _DESIGNS:
-        _DESIGNS[noun] = designs(icons, noun)
-    return _DESIGNS[noun]
-
-
 def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -> list[Example]:
     """`count` examples over all nouns alike, `wide` of them (0 to 1) of the wider world; the same for the same seed."""
     generator = np.random.default_rng(seed)
     nouns = list(NOUNS)
+    known = {noun: designs(icons, noun) for noun in nouns}
     made = []
     for index in range(count):
         noun = nouns[index % len(nouns)]
-        design = str(generator.choice(designs_of(icons, noun)))
-        make = wide_example if generator.random() < wide else simple_example
-        made.append(make(icons, noun, design, generator))
+        design = str(generator.choice(known[noun]))
+        if generator.random() < wide:
+            made.append(wide_example(icons, noun, design, generator, known))
+        else:
+            made.append(simple_example(icons, noun, design, generator))
     return made
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from base.tokenizer import clip_merges, write_tokenizer
+from base.train_unet import new_scheduler
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,7 @@ def build_random_model(name: str, folder: Path, seed: int = 0) -> Path:
         norm_num_groups=min(32, *shape.vae_channels),
         sample_size=512,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=shape.prediction_type,
-    )
+    scheduler = new_scheduler(shape.prediction_type)
     write_tokenizer(folder / "tokenizer", clip_merges())
     StableDiffusionPipeline(
         vae=vae,
