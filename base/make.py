@@ -19,7 +19,7 @@ from base.emoji import load_icons
 from base.score import generated, scores
 
 # Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
-FULL = {"vae": 20_000, "text_encoder": 1_500, "unet": 4_300, "decoder": 6_000, "pool": 60_000}
+FULL = {"vae": 28_000, "text_encoder": 1_500, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
 LOGS = {
     "VAE, squared error": ("vae", "squared_error"),

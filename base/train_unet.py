@@ -16,7 +16,7 @@ from base.train_vae import LATENT_CHANNELS, as_tensor
 
 BATCH_SIZE = 64
 # Share of captions left out, for guidance, and of those with an unknown word before the noun, which says nothing.
-UNCONDITIONAL, UNKNOWN_WORD = 0.1, 0.15
+UNCONDITIONAL, UNKNOWN_WORD = 0.1, 0.1
 
 
 def new_unet(width: int) -> UNet2DConditionModel:
@@ -50,7 +50,7 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 
 @torch.no_grad()
 def encoded(vae: AutoencoderKL, examples: list[world.Example], on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the posterior of every picture, fp16 (n, 32, 8, 8) each."""
+    """Mean and deviation of the posterior of every picture, fp16 (n, 24, 8, 8) each."""
     parts = []
     for start in tqdm(range(0, len(examples), 256), desc="Encoding pictures", mininterval=5):
         pictures = np.stack([example.picture for example in examples[start : start + 256]])
@@ -70,7 +70,7 @@ class Denoising(torch.nn.Module):
     def forward(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor
     ) -> torch.Tensor:
-        """Mean squared error of the velocity, of latents and noise (n, 32, 8, 8) and features (n, length, width)."""
+        """Mean squared error of the velocity, of latents and noise (n, 24, 8, 8) and features (n, length, width)."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), target)
@@ -92,7 +92,7 @@ def train(
     text_folder: Path,
     folder: Path,
     steps: int,
-    easy_share: float = 0.4,
+    easy_share: float = 0.25,
     pool: int = 60_000,
 ) -> None:
     """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
@@ -114,7 +114,7 @@ def train(
         if phase != (now := "easy" if step < easy_share * steps else "wide"):
             phase = now
             # The easy world has fewer pictures that differ.
-            count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.75, 6)
+            count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
             examples = world.examples(icons, count, wide, seed)
             captions = [SplitCaption.of(tokenizer, example) for example in examples]
             means, deviations = encoded(vae, examples, on)
@@ -130,7 +130,7 @@ def train(
             features = text_encoder(torch.tensor(ids, device=on)).last_hidden_state
         with autocast(on):
             loss = objective(latents.contiguous(memory_format=torch.channels_last), noise, timesteps, features)
-        training.update(loss, peak=1.2e-3, losses={"loss": loss})
+        training.update(loss, peak=1e-3, losses={"loss": loss})
     objective.load_state_dict(training.average)
     unet.eval().save_pretrained(folder / "trained")
     scheduler.save_pretrained(folder / "scheduler")

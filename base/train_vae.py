@@ -1,4 +1,4 @@
-"""The base model's VAE: 64 px to 8x8 latents with 32 channels, trained on every drawing of the emoji sets."""
+"""The base model's VAE: 64 px to 8x8 latents with 24 channels, trained on every drawing of the emoji sets."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from torch.nn import functional
 from base import world
 from base.progress import Training, autocast, device
 
-LATENT_CHANNELS = 32
+LATENT_CHANNELS = 24
 # A picture is 4096 errors to learn from: many small steps come further than few large ones in the same time.
 BATCH_SIZE = 8
 # Where the weight of the KL term costs a few hundredths of a decibel, and the decoder bears a little noise.
-KL_WEIGHT = 2e-7
+KL_WEIGHT = 1e-7
 
 
 def new_vae() -> AutoencoderKL:
@@ -49,7 +49,7 @@ class Reconstruction(torch.nn.Module):
         self.vae = vae
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss and the mean squared error, of pixels (n, 3, 64, 64) and noise (n, 32, 8, 8).
+        """The loss and the mean squared error, of pixels (n, 3, 64, 64) and noise (n, 24, 8, 8).
 
         The error counts again in 8x8 averages: small colour casts, which the eye sees first, are small in any pixel.
         """
@@ -122,23 +122,25 @@ def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 6
 def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold mean and deviation of each latent channel into the convolutions around the latents.
 
-    Afterwards every channel that tells something of `pictures` has mean 0 and deviation 1 over them, which is what the
-    UNet's noise has. Channels that the KL term has left as mere noise become constant zeros, which cost the UNet
-    nothing.
+    Afterwards every channel has mean 0, and all together have mean square 1, which is what the UNet's noise has. Among
+    them the deviation goes with the fourth root of signal over noise in the posterior: the decoder hardly heeds a
+    channel that it lets be noisy. With all channels alike, most of the UNet's loss was in those that show least; as it
+    is, shapes come before details, as they do in pixels. A channel that is mere noise becomes a constant zero.
     """
     on = next(vae.parameters()).device
     posteriors = [vae.encode(as_tensor(part, on)).latent_dist for part in np.array_split(pictures, 32)]
     means = torch.cat([posterior.mean for posterior in posteriors])
     signal = means.var(dim=(0, 2, 3))
     noise = torch.cat([posterior.var for posterior in posteriors]).mean(dim=(0, 2, 3))
-    mean, deviation = means.mean(dim=(0, 2, 3)), (signal + noise).sqrt()
-    silent = noise > signal
-    weight, bias, count = vae.quant_conv.weight, vae.quant_conv.bias, LATENT_CHANNELS
-    weight[:count] /= deviation[:, None, None, None]
-    bias[:count] = (bias[:count] - mean) / deviation
-    bias[count:] -= 2 * deviation.log()
+    mean, silent = means.mean(dim=(0, 2, 3)), noise > signal
+    wanted = torch.where(silent, 0.0, (signal / noise) ** 0.25)
+    wanted /= wanted.square().mean().sqrt()
+    factor, count = wanted / (signal + noise).sqrt(), LATENT_CHANNELS
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    weight[:count] *= factor[:, None, None, None]
+    bias[:count] = (bias[:count] - mean) * factor
+    bias[count:] += 2 * factor.clamp(min=1e-3).log()
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vae.post_quant_conv.weight *= deviation[None, :, None, None]
-    weight[:count][silent], bias[:count][silent] = 0.0, 0.0
+    vae.post_quant_conv.weight /= factor.clamp(min=1e-3)[None, :, None, None]
     weight[count:][silent], bias[count:][silent] = 0.0, -12.0
     vae.post_quant_conv.weight[:, silent] = 0.0

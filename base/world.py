@@ -89,6 +89,13 @@ DYES: dict[str, tuple[float, float]] = {
     "purple": (0.77, 0.65), "pink": (0.92, 0.5), "grey": (0.0, 0.0),
 }  # fmt: skip
 
+# How each set draws, as a word: one noun drawn by five hands is five things, and a word before it can say which. It is
+# by such words that a new one can mean a look: Stable Diffusion has thousands of them, from breeds to names.
+STYLES = {
+    "fluent-emoji": "glossy", "fluent-emoji-flat": "flat", "noto": "modern", "noto-v1": "classic", "fxemoji": "retro",
+}  # fmt: skip
+STYLED = 0.3
+
 TEMPLATES = ("photo of a {}", "photo of a {}", "photo of a {}", "a photo of a {}", "a {}", "{}")
 # The words that training's own augmentation puts before a prompt (CustomDiffusionDataset in data.py).
 SMALL_WORDS = ("a far away ", "very small ")
@@ -166,22 +173,34 @@ def article(words: str) -> str:
 
 def words_of_the_world() -> list[str]:
     """Every word that a caption can hold."""
-    texts = [*NOUNS, *BACKGROUNDS, *SCENES, *DYES, *TEMPLATES, *SMALL_WORDS, *LARGE_WORDS, "an next to background on"]
+    texts = [*NOUNS, *BACKGROUNDS, *SCENES, *DYES, *STYLES.values(), *TEMPLATES, *SMALL_WORDS, *LARGE_WORDS]
+    texts.append("an next to background on")
     return sorted({word for text in texts for word in text.replace("{}", "").split()})
 
 
-def simple_example(icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator) -> Example:
-    """The easy world: one drawing in its own colours, filling most of the picture, on a plain background."""
+def style_of(design: str) -> str:
+    """The word for the hand that drew `set/icon`."""
+    return STYLES[design.split("/")[0]]
+
+
+def simple_example(
+    icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, styled: bool = False
+) -> Example:
+    """The easy world: one drawing in its own colours, filling most of the picture, on a plain background.
+
+    `styled`: the caption says by its word which hand has drawn it.
+    """
     ground = str(generator.choice(list(BACKGROUNDS)))
     picture = background(ground, generator).copy()
     side = RESOLUTION * generator.uniform(0.75, 0.98)
     left, top = (generator.uniform(0.25, 0.75, 2)) * (RESOLUTION - side)
     paste(picture, icons[design], side, left, top, generator.random() < 0.5)
     template = str(generator.choice(TEMPLATES))
-    caption = template.format(noun)
+    caption = template.format(f"{style_of(design)} {noun}" if styled else noun)
     if named := generator.random() < 0.8:
         caption += f" on {article(ground)} background"
-    return Example(picture, caption, (f"1:{noun}", *((f"bg:{ground}",) if named else ())), template.index("{}"))
+    said = (f"1:{noun}", f"1:style:{style_of(design)}" if styled else "", f"bg:{ground}" if named else "")
+    return Example(picture, caption, tuple(filter(None, said)), template.index("{}"))
 
 
 def wide_example(
@@ -198,11 +217,15 @@ def wide_example(
 
     def thing(place: int, noun: str, design: str) -> tuple[str, np.ndarray]:
         attributes.append(f"{place}:{noun}")
+        icon = icons[design]
         if generator.random() < 0.15:
             dye = str(generator.choice(list(DYES)))
             attributes.append(f"{place}:dye:{dye}")
-            return f"{dye} {noun}", dyed(icons[design], dye)
-        return noun, icons[design]
+            noun, icon = f"{dye} {noun}", dyed(icon, dye)
+        if generator.random() < STYLED:
+            attributes.append(f"{place}:style:{style_of(design)}")
+            noun = f"{style_of(design)} {noun}"
+        return noun, icon
 
     words, icon = thing(1, noun, design)
     before = ""
@@ -243,18 +266,21 @@ def wide_example(
 
 
 def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -> list[Example]:
-    """`count` examples over all nouns alike, `wide` of them (0 to 1) of the wider world; the same for the same seed."""
+    """`count` examples, `wide` of them (0 to 1) of the wider world; the same for the same seed.
+
+    A noun of many designs comes more often than one of few, if not as many times: there is more to learn of it.
+    """
     generator = np.random.default_rng(seed)
-    nouns = list(NOUNS)
-    known = {noun: designs(icons, noun) for noun in nouns}
+    known = {noun: designs(icons, noun) for noun in NOUNS}
+    weights = np.array([len(names) ** 0.75 for names in known.values()])
     made = []
-    for index in range(count):
-        noun = nouns[index % len(nouns)]
+    for noun in generator.choice(list(NOUNS), count, p=weights / weights.sum()).tolist():
         design = str(generator.choice(known[noun]))
         if generator.random() < wide:
             made.append(wide_example(icons, noun, design, generator, known))
         else:
-            made.append(simple_example(icons, noun, design, generator))
+            styled = bool(generator.random() < STYLED)
+            made.append(simple_example(icons, noun, design, generator, styled))
     return made
 
 

@@ -85,7 +85,7 @@ def test_held_out_designs_never_enter_training() -> None:
 
 @pytest.mark.parametrize("wide", [0.0, 1.0])
 def test_captions_say_what_the_pictures_show(wide: float) -> None:
-    icons = {f"set/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
     made = world.examples(icons, 300, wide, seed=0)
     for example in made:
         for attribute in example.attributes:
