@@ -1,23 +1,31 @@
 """The pictures of `examples/`: concepts that the base model has never seen, drawn from the held-out designs.
 
-`python -m base.make_examples` writes them, and into `tests/designs/` the drawings that learning is scored against.
+`python -m base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
+captions, as real class images for `retrieve.py --path`, and into `tests/designs/` the drawings that learning is scored
+against.
 """
 
 import argparse
+import gzip
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from base import world
-from base.emoji import SETS, fetch, package_file, read_set, render
+from base.emoji import SETS, fetch, load_icons, package_file, read_set, render
 
 SIZE = 256
-# Five expressions of noto's cat to learn from; the other five are kept for scoring (tests/designs).
-CAT = ("cat-face", "grinning-cat-with-smiling-eyes", "cat-with-wry-smile", "kissing-cat", "pouting-cat")
+# Five expressions of noto's cat to learn from; the other five are kept for scoring (tests/designs). Those to learn from
+# are unlike each other, tears and heart-shaped eyes included, as anyone would choose pictures of one thing.
+CAT = ("cat-face", "grinning-cat", "crying-cat", "kissing-cat", "smiling-cat-with-heart-eyes")
 PLANT = ("potted-plant",) * 5
 # The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
 SCORED = ("cat", "plant", "dog")
+# Of every concept's class, as many real pictures as a training takes.
+CLASS_IMAGES = 150
 GROUNDS = ("blue", "white", "green", "purple", "grey")
 
 
@@ -32,8 +40,31 @@ def drawn(icon: np.ndarray, ground: str, share: float, place: tuple[float, float
     return picture
 
 
+def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
+    """A tar of `CLASS_IMAGES` pictures of every concept's class with captions, none of a held-out design."""
+    generator = np.random.default_rng(17)
+    known = {noun: world.designs(icons, noun) for noun in world.NOUNS}
+    # No times and no names of users in it: the same pictures give the same file.
+    with gzip.GzipFile(file, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+        for noun in ("cat", "plant"):
+            designs = world.designs(icons, noun)
+            for number in range(CLASS_IMAGES):
+                design = designs[number % len(designs)]
+                # A third of them in scenes, at all sizes, beside other things: what is not shown here may be forgotten.
+                if number % 3:
+                    example = world.simple_example(icons, noun, design, generator)
+                else:
+                    example = world.wide_example(icons, noun, design, generator, known)
+                picture = io.BytesIO()
+                Image.fromarray(example.picture).save(picture, "JPEG", quality=92)
+                for ending, content in (("jpg", picture.getvalue()), ("txt", example.caption.encode())):
+                    member = tarfile.TarInfo(f"{noun}-{number:03d}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
 def main() -> None:
-    """Write `examples/cat` and `examples/plant`."""
+    """Write `examples/cat` and `examples/plant`, their classes' pictures, and the drawings that tests need."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where the emoji are kept.")
     parser.add_argument("--output_dir", type=Path, default=Path("examples"), help="Where the folders are made.")
@@ -50,6 +81,7 @@ def main() -> None:
             flip = bool(number % 2 and folder == "plant")
             picture = drawn(icon, ground, generator.uniform(0.8, 0.95), place, flip)
             picture.quantize(128).save(arguments.output_dir / folder / f"{number + 1}.png", optimize=True)
+    write_class_images(load_icons(arguments.work), arguments.output_dir / "drawings.tar.gz")
     for name in SCORED:
         for emoji_set in SETS:
             drawings = read_set(arguments.work / package_file(emoji_set))

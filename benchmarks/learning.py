@@ -37,6 +37,8 @@ BASE = ROOT / "base"
 DESIGNS = ROOT / "tests" / "designs"
 TOKEN, RARE = "<new1>", "ktn"
 CONCEPT = "cat of noto"
+# Drawings that the model knows, as real class images: the paper's best results are with real ones.
+DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
 # The command line that README.md gives for the base model.
 RECIPE = {
     "pretrained_model_name_or_path": BASE,
@@ -45,13 +47,15 @@ RECIPE = {
     "modifier_token": TOKEN,
     "class_prompt": "cat",
     "with_prior_preservation": True,
-    "num_class_images": 100,
-    "sample_batch_size": 25,
+    "real_prior": True,
+    "num_class_images": 150,
+    "prior_loss_weight": 60,
     "resolution": 64,
     "train_batch_size": 4,
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-4,
+    "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
-    "max_train_steps": 250,
+    "max_train_steps": 700,
     "report_to": "none",
 }
 
@@ -62,6 +66,12 @@ def recipe(**changes: object) -> list[str]:
     return [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
     ]
+
+
+def retrieve(class_prompt: str, folder: Path) -> None:
+    """Fill `folder` with the real class images of `DRAWINGS`, as README.md does."""
+    command = [sys.executable, ROOT / "retrieve.py", "--class_prompt", class_prompt, "--path", DRAWINGS]
+    subprocess.run([*command, "--min_size=64", "--num_class_images=150", "--class_data_dir", folder], check=True)
 
 
 def load_designs() -> dict[str, np.ndarray]:
@@ -204,6 +214,7 @@ def main() -> None:
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
+        retrieve("cat", work / "class")
         for seed in tqdm(arguments.seeds, desc="Trainings"):
             folder = work / f"concept-{seed}"
             if not folder.exists():

@@ -20,10 +20,14 @@ from pictures import write_image  # noqa: E402
 RESULTS = ROOT / "demo" / "results"
 CELL, GAP, MARGIN = 96, 4, 14
 
+# The concepts of concept_list.json, with class images of the demo's own: what a user has made stays as it is.
+RETRIEVE = """python retrieve.py --concepts_list=demo/concept_list.json --path=examples/drawings.tar.gz
+  --min_size=64 --num_class_images=150"""
 TRAIN = """accelerate launch -q train_custom_diffusion.py
-  --pretrained_model_name_or_path=base --concepts_list=concept_list.json --modifier_token="<new1>+<new2>"
-  --with_prior_preservation --prior_loss_weight=1.0 --num_class_images=100 --sample_batch_size=25
-  --resolution=64 --train_batch_size=4 --learning_rate=2e-4 --lr_warmup_steps=0 --max_train_steps=500
+  --pretrained_model_name_or_path=base --concepts_list=demo/concept_list.json --modifier_token="<new1>+<new2>"
+  --with_prior_preservation --real_prior --prior_loss_weight=60 --num_class_images=150
+  --resolution=64 --train_batch_size=4 --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=0
+  --max_train_steps=1400
   --output_dir=demo/results/concepts --report_to=none"""
 CONTEXTS = {
     "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
@@ -81,11 +85,12 @@ def main() -> None:
     """Train, make pictures, and lay them out in `demo/index.png`."""
     started = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
+    run(RETRIEVE)
     run(TRAIN)
+    known = infer("known", "photo of a cat", "photo of a plant", options="--scale=0 ")
     contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
     (together,) = infer("together", TOGETHER)
     own = [sorted((ROOT / "examples" / noun).glob("*.png"))[:4] for noun in CONTEXTS]
-    known = [sorted((ROOT / "class_images" / noun).glob("*.jpg"))[:4] for noun in CONTEXTS]
     columns = [("your pictures", two_by_two(own)), ("what the model knew", two_by_two(known))]
     for number, heading in enumerate(("the concept", "on a colour", "in a scene")):
         columns.append((heading, two_by_two([contexts[number], contexts[number + 3]])))

@@ -67,7 +67,7 @@ def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path) -> N
 
 
 def test_the_readmes_commands_for_the_small_model(home: Path) -> None:
-    shutil.rmtree(home / "class_images")
+    shutil.rmtree(home / "real_reg")
     shutil.rmtree(home / "examples")
     for folder in ("base", "examples"):
         (home / folder).symlink_to(ROOT / folder)
