@@ -52,7 +52,7 @@ def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
     quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
     run(
         f"python infer.py --model_dir=demo/results/concepts {options}--num_images={EACH} --batch_size=12\n"
-        f"--num_inference_steps=50 --output_dir=demo/results/{folder} --prompt {quoted}"
+        f"--num_inference_steps=50 --guidance_scale=3 --output_dir=demo/results/{folder} --prompt {quoted}"
     )
     pictures = sorted((RESULTS / folder).glob("[0-9]*.png"))
     return [pictures[row * EACH : (row + 1) * EACH] for row in range(len(prompts))]
