@@ -32,7 +32,8 @@ from benchmarks.learning import (
 )
 from tests.conftest import ROOT, launch
 
-pytestmark = pytest.mark.learning
+# The bars that the model does not reach yet, and what takes several trainings: `make test-learning`.
+learning = pytest.mark.learning
 SEED = 2026
 
 
@@ -58,10 +59,12 @@ def figures(cat: Path) -> dict[str, float]:
     return measure(cat, SEED)
 
 
+@learning
 def test_unseen_views_are_predicted_better(figures: dict[str, float]) -> None:
     assert figures["loss on unseen views, <new1> cat"] <= -0.10
 
 
+@learning
 def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
     assert abs(figures["loss on other cats, plain cat"]) <= 0.02
     assert abs(figures["loss on dogs, plain dog"]) <= 0.02
@@ -96,6 +99,7 @@ def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
     return folder / "concepts"
 
 
+@learning
 def test_each_of_two_concepts_answers_to_its_token(both: Path) -> None:
     pipeline, icons = with_concept(both), load_designs()
     for noun, token in (("cat", "<new1>"), ("plant", "<new2>")):
@@ -104,6 +108,7 @@ def test_each_of_two_concepts_answers_to_its_token(both: Path) -> None:
         assert judge.share(pictures, f"{noun} of noto") >= 0.7
 
 
+@learning
 def test_both_concepts_in_one_picture(both: Path) -> None:
     prompt = "photo of a <new1> cat next to a <new2> plant"
     assert share_with_both(with_concept(both), prompt) >= 0.4
@@ -136,6 +141,7 @@ def variant(
     return train
 
 
+@learning
 def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, cat: Path) -> None:
     icons = load_designs()
     known = [name for group, names in groups_of(icons, "cat").items() if group != CONCEPT for name in names]
@@ -147,6 +153,7 @@ def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, cat
     assert drift_alone > 1.5 * drift
 
 
+@learning
 def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callable, cat: Path) -> None:
     icons = load_designs()
     generator = np.random.default_rng(SEED)
@@ -160,6 +167,7 @@ def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callabl
     assert denoising_loss(with_concept(cat), small, TOKEN) < denoising_loss(variant(noaug=True), small, TOKEN)
 
 
+@learning
 def test_training_queries_and_outputs_too_fits_closer(variant: Callable, cat: Path) -> None:
     icons = load_designs()
     unseen = views(icons, "cat", groups_of(icons, "cat")[CONCEPT], each=6, seed=SEED)
