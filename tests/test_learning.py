@@ -70,8 +70,12 @@ def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
     assert abs(figures["loss on dogs, plain dog"]) <= 0.02
 
 
-def test_pictures_show_the_concept_and_not_without_training(figures: dict[str, float]) -> None:
+@learning
+def test_pictures_show_the_concept(figures: dict[str, float]) -> None:
     assert figures["pictures of <new1> cat nearest to the concept"] >= 0.70
+
+
+def test_pictures_do_not_show_the_concept_without_its_trained_token(figures: dict[str, float]) -> None:
     assert figures["the same with the untrained token"] <= 0.15
     assert figures["pictures of plain cat nearest to the concept"] <= 0.25
 
