@@ -135,12 +135,14 @@ def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     mean, silent = means.mean(dim=(0, 2, 3)), noise > signal
     wanted = torch.where(silent, 0.0, (signal / noise) ** 0.25)
     wanted /= wanted.square().mean().sqrt()
-    factor, count = wanted / (signal + noise).sqrt(), LATENT_CHANNELS
+    # Silent channels are zeroed below; until then their factor has to have an inverse and a logarithm.
+    factor, count = (wanted / (signal + noise).sqrt()).clamp(min=1e-3), LATENT_CHANNELS
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     weight[:count] *= factor[:, None, None, None]
     bias[:count] = (bias[:count] - mean) * factor
-    bias[count:] += 2 * factor.clamp(min=1e-3).log()
+    bias[count:] += 2 * factor.log()
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vae.post_quant_conv.weight /= factor.clamp(min=1e-3)[None, :, None, None]
+    vae.post_quant_conv.weight /= factor[None, :, None, None]
+    weight[:count][silent], bias[:count][silent] = 0.0, 0.0
     weight[count:][silent], bias[count:][silent] = 0.0, -12.0
     vae.post_quant_conv.weight[:, silent] = 0.0

@@ -71,7 +71,8 @@ def recipe(**changes: object) -> list[str]:
 def retrieve(class_prompt: str, folder: Path) -> None:
     """Fill `folder` with the real class images of `DRAWINGS`, as README.md does."""
     command = [sys.executable, ROOT / "retrieve.py", "--class_prompt", class_prompt, "--path", DRAWINGS]
-    subprocess.run([*command, "--min_size=64", "--num_class_images=150", "--class_data_dir", folder], check=True)
+    count = f"--num_class_images={RECIPE['num_class_images']}"
+    subprocess.run([*command, "--min_size=64", count, "--class_data_dir", folder], check=True)
 
 
 def load_designs() -> dict[str, np.ndarray]:

@@ -50,6 +50,7 @@ def run(command: str) -> None:
 def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
     """Pictures of `prompts`, `EACH` of every one, made by infer.py into `demo/results/<folder>`."""
     quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
+    # At the usual guidance of 6, so small a model draws in colours that are too strong.
     run(
         f"python infer.py --model_dir=demo/results/concepts {options}--num_images={EACH} --batch_size=12\n"
         f"--num_inference_steps=50 --guidance_scale=3 --output_dir=demo/results/{folder} --prompt {quoted}"
