@@ -27,6 +27,9 @@ from typing import Any
 
 # The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On a CPU, activations in huge pages: a step of Stable Diffusion's shape waits for a tenth of the page faults. torch
+# reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import diffusers
 import torch
@@ -86,6 +89,7 @@ from data import (
     position_batches,
     read_concepts,
 )
+from frozen_layers import keep_less
 from machine import build_accelerator, peak_memory, release_pages, return_freed_memory, use_all_cores
 from pictures import UsageError, write_image, write_whole
 from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
@@ -494,9 +498,13 @@ def swap_attention_processors(unet: UNet2DConditionModel, train_q_out: bool, use
         if name.endswith("attn2.processor"):
             processors[name] = CustomDiffusionAttnProcessor(attention, train_q_out, use_xformers)
             # The copies do their work: the originals would only take memory.
+            originals = [attention.to_k, attention.to_v]
             attention.to_k = attention.to_v = None
             if train_q_out:
+                originals += [attention.to_q, attention.to_out[0]]
                 attention.to_q, attention.to_out[0] = None, nn.Identity()
+            for linear in originals:
+                release_pages(linear.weight)
         elif use_xformers:
             processors[name] = XFormersAttnProcessor()
     unet.set_attn_processor(processors)
@@ -567,6 +575,7 @@ class CustomDiffusion(nn.Module):
             rows = table.weight.detach()[modifier_tokens.initializer_ids].float().clone()
             text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[0], rows))
         swap_attention_processors(unet, train_q_out, use_xformers)
+        keep_less(unet)
         self.predict: Callable = unet.forward
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from frozen_layers import keep_less
 from train_custom_diffusion import CustomDiffusion, add_modifier_tokens, custom_diffusion_loss
 
 
@@ -136,6 +137,40 @@ def test_what_is_trained_stays_full_precision(base_model: Path, dtype: torch.dty
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(value.grad.dtype == torch.float32 for value in model.trained().values())
+
+
+# --- frozen layers -------------------------------------------------------------------------------
+
+
+def test_frozen_layers_keep_less_for_the_same_gradients(base_model: Path) -> None:
+    def run(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Prediction, gradient of the text features, and bytes of activations that were kept for it."""
+        weights = {value.untyped_storage().data_ptr() for value in unet.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        generator = torch.Generator().manual_seed(0)
+        latents, features = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32)))
+        features.requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prediction = unet(latents, torch.tensor([10, 900]), features).sample
+        prediction.square().sum().backward()
+        return prediction, features.grad, sum(size for storage, size in kept.items() if storage not in weights)
+
+    folder = base_model / "unet"
+    plain, lean = (UNet2DConditionModel.from_pretrained(folder).requires_grad_(False) for _ in range(2))
+    names = list(lean.state_dict())
+    keep_less(lean)
+    prediction, gradient, kept = run(lean)
+    plain_prediction, plain_gradient, plain_kept = run(plain)
+    assert torch.equal(prediction, plain_prediction)
+    assert torch.equal(gradient, plain_gradient)
+    assert kept < 0.8 * plain_kept
+    assert list(lean.state_dict()) == names
 
 
 # --- loss ----------------------------------------------------------------------------------------
