@@ -48,6 +48,12 @@ def assemble(work: Path, folder: Path) -> None:
     config_file = folder / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    # Where the parts were on the machine that trained them is nobody's business.
+    for part in ("vae", "unet"):
+        config_file = folder / part / "config.json"
+        config = json.loads(config_file.read_text())
+        config.pop("_name_or_path", None)
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     # The files that Stable Diffusion's repositories have, rather than the one that save_pretrained writes today.
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_files, folder / "tokenizer")

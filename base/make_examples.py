@@ -24,8 +24,8 @@ CAT = ("cat-face", "grinning-cat", "crying-cat", "kissing-cat", "smiling-cat-wit
 PLANT = ("potted-plant",) * 5
 # The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
 SCORED = ("cat", "plant", "dog")
-# Of every concept's class, as many real pictures as a training takes.
-CLASS_IMAGES = 150
+# Of every concept's class, as many real pictures as a training takes (400), and some for near-duplicates left out.
+CLASS_IMAGES = 420
 GROUNDS = ("blue", "white", "green", "purple", "grey")
 
 

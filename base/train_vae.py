@@ -123,9 +123,10 @@ def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold mean and deviation of each latent channel into the convolutions around the latents.
 
     Afterwards every channel has mean 0, and all together have mean square 1, which is what the UNet's noise has. Among
-    them the deviation goes with the fourth root of signal over noise in the posterior: the decoder hardly heeds a
-    channel that it lets be noisy. With all channels alike, most of the UNet's loss was in those that show least; as it
-    is, shapes come before details, as they do in pixels. A channel that is mere noise becomes a constant zero.
+    them the deviation goes with the square root of signal over noise in the posterior, so that all are equally noisy:
+    the more the decoder heeds a channel, the less noise it lets into it, so an error of one size now shows as much in
+    any channel. With all channels alike, most of the UNet's loss was in those that show least; as it is, shapes come
+    before details, as they do in pixels. A channel that is mere noise becomes a constant zero.
     """
     on = next(vae.parameters()).device
     posteriors = [vae.encode(as_tensor(part, on)).latent_dist for part in np.array_split(pictures, 32)]
@@ -133,7 +134,7 @@ def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     signal = means.var(dim=(0, 2, 3))
     noise = torch.cat([posterior.var for posterior in posteriors]).mean(dim=(0, 2, 3))
     mean, silent = means.mean(dim=(0, 2, 3)), noise > signal
-    wanted = torch.where(silent, 0.0, (signal / noise) ** 0.25)
+    wanted = torch.where(silent, 0.0, (signal / noise).sqrt())
     wanted /= wanted.square().mean().sqrt()
     # Silent channels are zeroed below; until then their factor has to have an inverse and a logarithm.
     factor, count = (wanted / (signal + noise).sqrt()).clamp(min=1e-3), LATENT_CHANNELS

@@ -210,7 +210,7 @@ def wide_example(
 
     `known` has the designs of every noun, of which the second thing is one.
     """
-    kind = generator.choice(["plain", "size", "scene", "pair"], p=[0.25, 0.3, 0.2, 0.25])
+    kind = generator.choice(["plain", "size", "scene", "pair"], p=[0.2, 0.25, 0.2, 0.35])
     ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
     picture = background(ground, generator).copy()
     attributes: list[str] = []

@@ -48,14 +48,14 @@ RECIPE = {
     "class_prompt": "cat",
     "with_prior_preservation": True,
     "real_prior": True,
-    "num_class_images": 150,
-    "prior_loss_weight": 60,
+    "num_class_images": 400,
+    "prior_loss_weight": 90,
     "resolution": 64,
     "train_batch_size": 4,
     "learning_rate": 5e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
-    "max_train_steps": 700,
+    "max_train_steps": 800,
     "report_to": "none",
 }
 

@@ -22,18 +22,18 @@ CELL, GAP, MARGIN = 96, 4, 14
 
 # The concepts of concept_list.json, with class images of the demo's own: what a user has made stays as it is.
 RETRIEVE = """python retrieve.py --concepts_list=demo/concept_list.json --path=examples/drawings.tar.gz
-  --min_size=64 --num_class_images=150"""
+  --min_size=64 --num_class_images=400"""
 TRAIN = """accelerate launch -q train_custom_diffusion.py
   --pretrained_model_name_or_path=base --concepts_list=demo/concept_list.json --modifier_token="<new1>+<new2>"
-  --with_prior_preservation --real_prior --prior_loss_weight=60 --num_class_images=150
+  --with_prior_preservation --real_prior --prior_loss_weight=90 --num_class_images=400
   --resolution=64 --train_batch_size=4 --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=0
-  --max_train_steps=1400
+  --max_train_steps=1600
   --output_dir=demo/results/concepts --report_to=none"""
 CONTEXTS = {
     "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
     "plant": ("photo of a <new2> plant", "photo of a <new2> plant on a pink background", "a <new2> plant at night"),
 }
-TOGETHER = "photo of a <new1> cat next to a <new2> plant"
+TOGETHER = "photo of a <new2> plant next to a <new1> cat"
 EACH = 4
 
 

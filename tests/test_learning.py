@@ -32,7 +32,7 @@ from benchmarks.learning import (
 )
 from tests.conftest import ROOT, launch
 
-# The bars that the model does not reach yet, and what takes several trainings: `make test-learning`.
+# What varies much from one training to the next, and what takes several of them: `make test-learning`.
 learning = pytest.mark.learning
 SEED = 2026
 
@@ -59,15 +59,15 @@ def figures(cat: Path) -> dict[str, float]:
     return measure(cat, SEED)
 
 
-@learning
 def test_unseen_views_are_predicted_better(figures: dict[str, float]) -> None:
     assert figures["loss on unseen views, <new1> cat"] <= -0.10
 
 
-@learning
 def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
     assert abs(figures["loss on other cats, plain cat"]) <= 0.02
-    assert abs(figures["loss on dogs, plain dog"]) <= 0.02
+    # No class image shows a dog alone, so these may lose somewhat more; and the concept must not have leaked into them.
+    assert -0.01 <= figures["loss on dogs, plain dog"] <= 0.04
+    assert figures["loss on unseen views, plain cat"] >= -0.05
 
 
 @learning
@@ -98,7 +98,7 @@ def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
         concept["class_data_dir"] = str(class_images.parent / concept["class_prompt"])
     (folder / "list.json").write_text(json.dumps(concepts))
     alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt"))
-    together = {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "max_train_steps": 1400}
+    together = {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "max_train_steps": 1600}
     launch(*recipe(output_dir=folder / "concepts", seed=SEED, **alone, **together))
     return folder / "concepts"
 
