@@ -45,15 +45,12 @@ def assemble(work: Path, folder: Path) -> None:
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(folder)
     # transformers loads in the type that the configuration names, diffusers in float32 where none is asked for.
-    config_file = folder / "text_encoder" / "config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    # Where the parts were on the machine that trained them is nobody's business.
-    for part in ("vae", "unet"):
+    # Where the parts lay on the machine that trained them is nobody's business.
+    for part, more in {"text_encoder": {"dtype": "float32"}, "vae": {}, "unet": {}}.items():
         config_file = folder / part / "config.json"
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text()) | more
         config.pop("_name_or_path", None)
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
     # The files that Stable Diffusion's repositories have, rather than the one that save_pretrained writes today.
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_files, folder / "tokenizer")

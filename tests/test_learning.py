@@ -32,7 +32,7 @@ from benchmarks.learning import (
 )
 from tests.conftest import ROOT, launch
 
-# What varies much from one training to the next, and what takes several of them: `make test-learning`.
+# What is not reached, or not by every training, and what takes several of them: `make test-learning`.
 learning = pytest.mark.learning
 SEED = 2026
 
@@ -65,9 +65,12 @@ def test_unseen_views_are_predicted_better(figures: dict[str, float]) -> None:
 
 def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
     assert abs(figures["loss on other cats, plain cat"]) <= 0.02
-    # No class image shows a dog alone, so these may lose somewhat more; and the concept must not have leaked into them.
-    assert -0.01 <= figures["loss on dogs, plain dog"] <= 0.04
     assert figures["loss on unseen views, plain cat"] >= -0.05
+
+
+@learning
+def test_a_class_that_no_class_image_shows_stays(figures: dict[str, float]) -> None:
+    assert abs(figures["loss on dogs, plain dog"]) <= 0.02
 
 
 @learning
