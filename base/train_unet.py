@@ -11,12 +11,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base import world
 from base.progress import Training, autocast, device
-from base.train_text_encoder import SplitCaption
+from base.train_text_encoder import TokenizedCaption, encoded, unknown_words
 from base.train_vae import LATENT_CHANNELS, as_tensor
 
 BATCH_SIZE = 64
-# Share of captions left out, for guidance, and of those with an unknown word before the noun, which says nothing.
-UNCONDITIONAL, UNKNOWN_WORD = 0.1, 0.1
+# Share of captions left out, for guidance, and of those with unknown words before their nouns, which say nothing.
+UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
 
 
 def new_unet(width: int) -> UNet2DConditionModel:
@@ -49,7 +49,9 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, examples: list[world.Example], on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def encoded_pictures(
+    vae: AutoencoderKL, examples: list[world.Example], on: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the posterior of every picture, fp16 (n, 24, 8, 8) each."""
     parts = []
     for start in tqdm(range(0, len(examples), 256), desc="Encoding pictures", mininterval=5):
@@ -76,14 +78,13 @@ class Denoising(torch.nn.Module):
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), target)
 
 
-def caption_ids(caption: SplitCaption, generator: np.random.Generator, vocabulary: int) -> list[int]:
-    """MAX_LENGTH ids: sometimes of no caption at all, sometimes with an unknown word before the noun."""
+def caption_ids(caption: TokenizedCaption, generator: np.random.Generator, vocabulary: int, row: int) -> list[int]:
+    """MAX_LENGTH ids: sometimes of no caption at all, sometimes with the two unknown words of batch row `row`."""
     dice = generator.random()
     if dice < UNCONDITIONAL:
-        return SplitCaption([], []).ids(vocabulary)
-    # Any entry but the two special ones, which come last.
-    filler = int(generator.integers(0, vocabulary - 2)) if dice > 1 - UNKNOWN_WORD else None
-    return caption.ids(vocabulary, filler)
+        return TokenizedCaption().ids(vocabulary)[0]
+    there = generator.random(2) < (0.7 if dice > 1 - UNKNOWN_WORDS else 0.0)
+    return caption.ids(vocabulary, [vocabulary + 2 * row + n if here else None for n, here in enumerate(there)])[0]
 
 
 def train(
@@ -116,18 +117,19 @@ def train(
             # The easy world has fewer pictures that differ.
             count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
             examples = world.examples(icons, count, wide, seed)
-            captions = [SplitCaption.of(tokenizer, example) for example in examples]
-            means, deviations = encoded(vae, examples, on)
+            captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
+            means, deviations = encoded_pictures(vae, examples, on)
         generator = np.random.default_rng((7, step))
         chosen = generator.integers(0, len(examples), BATCH_SIZE)
-        ids = [caption_ids(captions[index], generator, len(tokenizer)) for index in chosen]
+        ids = [caption_ids(captions[index], generator, len(tokenizer), row) for row, index in enumerate(chosen)]
         draw = torch.Generator().manual_seed(step)
+        unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * BATCH_SIZE, draw)
         noise, resample = torch.randn((2, BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=draw).to(on)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=draw).to(on)
         rows = torch.from_numpy(chosen).to(on)
         latents = means[rows].float() + deviations[rows].float() * resample
         with torch.no_grad(), autocast(on):
-            features = text_encoder(torch.tensor(ids, device=on)).last_hidden_state
+            features = encoded(text_encoder, torch.tensor(ids, device=on), unknown).last_hidden_state
         with autocast(on):
             loss = objective(latents.contiguous(memory_format=torch.channels_last), noise, timesteps, features)
         training.update(loss, peak=1e-3, losses={"loss": loss})

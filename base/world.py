@@ -112,8 +112,8 @@ class Example:
     picture: np.ndarray
     caption: str
     attributes: tuple[str, ...]
-    # Where in the caption the first noun phrase starts: a modifier token would go there.
-    slot: int
+    # Where in the caption each noun phrase starts, which is where a modifier token would go, and ends.
+    phrases: tuple[tuple[int, int], ...]
 
 
 def designs(icons: dict[str, np.ndarray], noun: str, held_out: bool = False) -> list[str]:
@@ -196,11 +196,12 @@ def simple_example(
     left, top = (generator.uniform(0.25, 0.75, 2)) * (RESOLUTION - side)
     paste(picture, icons[design], side, left, top, generator.random() < 0.5)
     template = str(generator.choice(TEMPLATES))
-    caption = template.format(f"{style_of(design)} {noun}" if styled else noun)
+    words = f"{style_of(design)} {noun}" if styled else noun
+    caption, start = template.format(words), template.index("{}")
     if named := generator.random() < 0.8:
         caption += f" on {article(ground)} background"
     said = (f"1:{noun}", f"1:style:{style_of(design)}" if styled else "", f"bg:{ground}" if named else "")
-    return Example(picture, caption, tuple(filter(None, said)), template.index("{}"))
+    return Example(picture, caption, tuple(filter(None, said)), ((start, start + len(words)),))
 
 
 def wide_example(
@@ -228,7 +229,7 @@ def wide_example(
         return noun, icon
 
     words, icon = thing(1, noun, design)
-    before = ""
+    before, phrases = "", [(0, len(words))]
     if kind == "pair":
         other = str(generator.choice([name for name in NOUNS if name != noun]))
         other_words, other_icon = thing(2, other, str(generator.choice(known[other])))
@@ -238,6 +239,7 @@ def wide_example(
             top = (RESOLUTION - side) * (generator.uniform(0.4, 0.9))
             paste(picture, drawing, side, left, top, generator.random() < 0.5)
         words = f"{words} next to {article(other_words)}"
+        phrases.append((len(words) - len(other_words), len(words)))
     else:
         size = "usual"
         if kind == "size":
@@ -262,7 +264,8 @@ def wide_example(
     elif generator.random() < 0.6:
         caption += f" on {article(ground)} background"
         attributes.append(f"bg:{ground}")
-    return Example(picture, caption, tuple(attributes), template.index("{}"))
+    offset = template.index("{}")
+    return Example(picture, caption, tuple(attributes), tuple((offset + a, offset + b) for a, b in phrases))
 
 
 def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -> list[Example]:

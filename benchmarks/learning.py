@@ -121,7 +121,10 @@ def denoising_loss(
     pixels = as_tensor(np.stack([example.picture for example in examples]), pipeline.device)
     latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
     word = "" if token is None else f"{token} "
-    captions = [example.caption[: example.slot] + word + example.caption[example.slot :] for example in examples]
+    captions = []
+    for example in examples:
+        start, _ = example.phrases[0]
+        captions.append(example.caption[:start] + word + example.caption[start:])
     features, _ = pipeline.encode_prompt(captions, pipeline.device, 1, False)
     losses = []
     for number, timestep in enumerate(range(50, 1000, 100)):

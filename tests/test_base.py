@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from base import world
 from base.tokenizer import clip_merges, merges_for, write_tokenizer
+from base.train_text_encoder import TokenizedCaption
 from benchmarks.learning import load_designs
 from tests.conftest import ROOT, run_script
 
@@ -91,8 +92,26 @@ def test_captions_say_what_the_pictures_show(wide: float) -> None:
         for attribute in example.attributes:
             if attribute[:2] in ("1:", "2:"):
                 assert attribute.split(":")[-1] in example.caption
+        for number, (start, end) in enumerate(example.phrases, 1):
+            assert f"{number}:{example.caption[start:end].split()[-1]}" in example.attributes
         assert example.picture.shape == (64, 64, 3)
     assert [e.caption for e in made] == [e.caption for e in world.examples(icons, 300, wide, seed=0)]
+
+
+@pytest.mark.parametrize("unknown", [(), (900, None), (None, 901), (900, 901)])
+def test_tokenized_captions_take_unknown_words_before_their_nouns(unknown: tuple[int | None, ...]) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    example = world.Example(np.zeros((64, 64, 3), np.uint8), "a red cat next to a cup", (), ((2, 9), (20, 23)))
+    ids, unchanged, nouns = TokenizedCaption.of(tokenizer, example).ids(len(tokenizer), unknown)
+    first, second = (*unknown, None, None)[:2]
+    words = ["a", first, "red", "cat", "next", "to", "a", second, "cup"]
+    known = [tokenizer(w, add_special_tokens=False).input_ids[0] if isinstance(w, str) else w for w in words]
+    known = [word for word in known if word is not None]
+    assert ids == [tokenizer.bos_token_id, *known, *[tokenizer.eos_token_id] * (31 - len(known))]
+    plain = tokenizer(example.caption, padding="max_length").input_ids
+    assert all(plain[there] == here for here, there in zip(ids, unchanged, strict=True) if there >= 0)
+    assert tokenizer.convert_ids_to_tokens([ids[position] for position in nouns]) == ["cat</w>", "cup</w>"]
+    assert unchanged.count(-1) == 3 * (first is not None) + 2 * (second is not None)
 
 
 def test_the_concept_list_works_as_it_stands() -> None:

@@ -170,7 +170,7 @@ def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callabl
         side = world.RESOLUTION * generator.uniform(0.35, 0.55)
         left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
         world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
-        small.append(world.Example(picture, "very small photo of a cat", (), len("very small photo of a ")))
+        small.append(world.Example(picture, "very small photo of a cat", (), ((22, 25),)))
     assert denoising_loss(with_concept(cat), small, TOKEN) < denoising_loss(variant(noaug=True), small, TOKEN)
 
 
