@@ -165,12 +165,14 @@ def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callabl
     icons = load_designs()
     generator = np.random.default_rng(SEED)
     small = []
+    caption = "very small photo of a cat"
+    noun = (caption.index("cat"), len(caption))
     for name in groups_of(icons, "cat")[CONCEPT] * 6:
         picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
         side = world.RESOLUTION * generator.uniform(0.35, 0.55)
         left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
         world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
-        small.append(world.Example(picture, "very small photo of a cat", (), ((22, 25),)))
+        small.append(world.Example(picture, caption, (), (noun,)))
     assert denoising_loss(with_concept(cat), small, TOKEN) < denoising_loss(variant(noaug=True), small, TOKEN)
 
 
