@@ -52,6 +52,12 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def computes_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them it is slower than fp32."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and any(name in info.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from PIL import Image
 
 from benchmarks.random_model import SHAPES, build_random_model
 from config import HelpFormatter
+from machine import computes_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_LINE = "tokenizer.encode([initializer_token], add_special_tokens=False)"
@@ -100,12 +101,6 @@ COLUMNS = {
     "output_mb": "output, MB",
     "checkpoint_mb": "checkpoint, MB",
 }
-
-
-def computes_bf16() -> bool:
-    """Whether this CPU has instructions for bf16."""
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and any(name in info.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
 def goal_rows(machine: str) -> list[Row]:
