@@ -90,7 +90,14 @@ from data import (
     read_concepts,
 )
 from frozen_layers import keep_less
-from machine import build_accelerator, peak_memory, release_pages, return_freed_memory, use_all_cores
+from machine import (
+    build_accelerator,
+    computes_bf16,
+    peak_memory,
+    release_pages,
+    return_freed_memory,
+    use_all_cores,
+)
 from pictures import UsageError, write_image, write_whole
 from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
 
@@ -852,6 +859,10 @@ def prepare_run(args: argparse.Namespace) -> Run:
     open_output_dir(args, settings, inputs.checkpoint, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if compute_type(accelerator) == torch.bfloat16 and accelerator.device.type == "cpu" and not computes_bf16():
+        logger.warning(
+            "this CPU has no instructions for bf16: --mixed_precision=bf16 takes less memory, but its steps are slower"
+        )
     dataset = build_dataset(args, inputs, accelerator)
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * accelerator.num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)

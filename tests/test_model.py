@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,24 @@ def test_frozen_layers_keep_less_for_the_same_gradients(base_model: Path) -> Non
     assert torch.equal(gradient, plain_gradient)
     assert kept < 0.8 * plain_kept
     assert list(lean.state_dict()) == names
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"dilation": 2, "bias": False}])
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_small_convolutions_copy_no_weights_and_give_the_same(options: dict[str, Any], pictures: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Conv2d(24, 512, kernel_size=3, **options).requires_grad_(False)
+    x = torch.randn(pictures, 24, 8, 7, generator=generator, requires_grad=True)
+    wanted = layer(x)
+    weights = torch.randn(wanted.shape, generator=generator)
+    (wanted_gradient,) = torch.autograd.grad((wanted * weights).sum(), x)
+    keep_less(layer)
+    with torch.profiler.profile() as profile:
+        result = layer(x)
+        (gradient,) = torch.autograd.grad((result * weights).sum(), x)
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-4)
+    assert not any("convolution" in event.key for event in profile.key_averages())
 
 
 # --- loss ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from concept import apply_concepts, load_concept
+from machine import computes_bf16
 from pictures import UsageError
 from tests.conftest import ROOT, draw_pictures, flags, launch, run_script
 
@@ -331,7 +332,9 @@ def test_combinations_of_flags(
     apply_concepts(StableDiffusionPipeline.from_pretrained(base_model_v), load_concept(tmp_path))
 
 
-def test_updates_are_not_lost_in_bfloat16(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+def test_updates_are_not_lost_in_bfloat16(
+    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+) -> None:
     # An update of 1e-5 is far below what bfloat16 resolves at the size of these weights.
     train_here(flags(base_model, pictures, tmp_path, mixed_precision="bf16", max_train_steps=3))
     plain = StableDiffusionPipeline.from_pretrained(base_model).unet.state_dict()
@@ -339,6 +342,7 @@ def test_updates_are_not_lost_in_bfloat16(base_model: Path, pictures: Path, tmp_
         moved = (value - plain[key.replace(".processor.", ".").replace("_custom_diffusion", "")]).abs()
         assert 0 < moved.max() < 1e-4
         assert (moved > 0).float().mean() > 0.9
+    assert ("no instructions for bf16" in caplog.text) == (not computes_bf16())
 
 
 def test_eight_bit_adam(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
