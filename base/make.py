@@ -16,10 +16,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base import train_text_encoder, train_unet, train_vae, world
 from base.emoji import load_icons
+from base.progress import device
 from base.score import generated, scores
 
 # Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
-FULL = {"vae": 28_000, "text_encoder": 1_500, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
+FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
 LOGS = {
     "VAE, squared error": ("vae", "squared_error"),
@@ -74,8 +75,10 @@ def loss_curves(work: Path, file: Path) -> None:
     except ImportError as error:
         raise RuntimeError("the loss curves are drawn by matplotlib: pip install -r requirements-base.txt") from error
 
-    figure, axes = pyplot.subplots(1, len(LOGS), figsize=(12, 2.6), layout="constrained")
-    for axis, (title, (folder, name)) in zip(axes, LOGS.items(), strict=True):
+    # What was taken over from another model has no log.
+    logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
+    figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.6), layout="constrained")
+    for axis, (title, (folder, name)) in zip(axes, logs.items(), strict=True):
         lines = [json.loads(line) for line in (work / folder / "log.jsonl").read_text().splitlines()]
         axis.plot([line["step"] for line in lines], [line[name] for line in lines])
         axis.set(title=title, xlabel="step", yscale="log")
@@ -87,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
+    parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -95,12 +99,17 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     known = frozenset(name for names in world.NOUNS.values() for name in names)
     icons = load_icons(work, only=known if arguments.short else None)
+    if arguments.teacher and not (work / "vae").exists():
+        for stage in ("first", "trained"):
+            shutil.copytree(arguments.teacher / "vae", work / "vae" / stage)
     if not (work / "vae" / "first").exists():
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
         train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
     if not (work / "unet" / "trained").exists():
-        train_unet.train(icons, work / "vae", work / "text", work / "unet", budget["unet"], pool=budget["pool"])
+        teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
+        pool, steps = budget["pool"], budget["unet"] // (4 if teacher else 1)
+        train_unet.train(icons, work / "vae", work / "text", work / "unet", steps, pool=pool, teacher=teacher)
     if not (work / "vae" / "trained").exists():
         train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
     model = work / "model"

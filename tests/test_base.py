@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from base import world
+from base import train_unet, world
 from base.tokenizer import clip_merges, merges_for, write_tokenizer
 from base.train_text_encoder import TokenizedCaption
 from benchmarks.learning import load_designs
@@ -112,6 +113,23 @@ def test_tokenized_captions_take_unknown_words_before_their_nouns(unknown: tuple
     assert all(plain[there] == here for here, there in zip(ids, unchanged, strict=True) if there >= 0)
     assert tokenizer.convert_ids_to_tokens([ids[position] for position in nouns]) == ["cat</w>", "cup</w>"]
     assert unchanged.count(-1) == 3 * (first is not None) + 2 * (second is not None)
+
+
+def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(tmp_path: Path) -> None:
+    shutil.copytree(BASE / "vae", tmp_path / "vae" / "first")
+    shutil.copytree(BASE / "text_encoder", tmp_path / "text" / "trained")
+    shutil.copytree(BASE / "tokenizer", tmp_path / "text" / "tokenizer")
+    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    teacher = train_unet.Teacher.of(BASE, torch.device("cpu"))
+    folders = (tmp_path / "vae", tmp_path / "text", tmp_path / "unet")
+    train_unet.train(icons, *folders, steps=2, pool=300, teacher=teacher)
+    (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
+    # A new UNet would start at about 1.
+    assert json.loads(line)["loss"] < 0.4
+    trained = UNet2DConditionModel.from_pretrained(tmp_path / "unet" / "trained").state_dict()
+    for name, value in teacher.unet.state_dict().items():
+        if "attn2.to_k" not in name and "attn2.to_v" not in name:
+            torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-3)
 
 
 def test_the_concept_list_works_as_it_stands() -> None:
