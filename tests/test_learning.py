@@ -162,18 +162,19 @@ def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, cat
 
 @learning
 def test_without_augmentation_places_and_sizes_are_learned_less(variant: Callable, cat: Path) -> None:
-    icons = load_designs()
-    generator = np.random.default_rng(SEED)
-    small = []
-    caption = "very small photo of a cat"
-    noun = (caption.index("cat"), len(caption))
-    for name in groups_of(icons, "cat")[CONCEPT] * 6:
-        picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
-        side = world.RESOLUTION * generator.uniform(0.35, 0.55)
-        left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
-        world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
-        small.append(world.Example(picture, caption, (), (noun,)))
-    assert denoising_loss(with_concept(cat), small, TOKEN) < denoising_loss(variant(noaug=True), small, TOKEN)
+    # Every size that the augmentation gives, with its words, the concept anywhere in the picture.
+    icons, generator, anywhere = load_designs(), np.random.default_rng(SEED), []
+    for words, low, high in (("very small ", 0.35, 0.6), ("", 0.6, 0.98), ("zoomed in ", 1.2, 1.4)):
+        caption = f"{words}photo of a cat"
+        noun = (caption.index("cat"), len(caption))
+        for name in groups_of(icons, "cat")[CONCEPT] * 4:
+            picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
+            side = world.RESOLUTION * generator.uniform(low, high)
+            left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
+            world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
+            anywhere.append(world.Example(picture, caption, (), (noun,)))
+    with_augmentation, without = with_concept(cat), variant(noaug=True)
+    assert denoising_loss(with_augmentation, anywhere, TOKEN) < denoising_loss(without, anywhere, TOKEN)
 
 
 @learning
