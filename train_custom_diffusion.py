@@ -90,14 +90,7 @@ from data import (
     read_concepts,
 )
 from frozen_layers import keep_less
-from machine import (
-    build_accelerator,
-    computes_bf16,
-    peak_memory,
-    release_pages,
-    return_freed_memory,
-    use_all_cores,
-)
+from machine import build_accelerator, computes_bf16, peak_memory, release_pages, return_freed_memory, use_all_cores
 from pictures import UsageError, write_image, write_whole
 from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
 

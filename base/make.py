@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args()
+    if arguments.teacher and not (arguments.teacher / "vae").is_dir():
+        parser.error(f"--teacher: {str(arguments.teacher)!r} is no folder of a model such as base/")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     budget, work = SHORT if arguments.short else FULL, arguments.work
@@ -100,6 +102,7 @@ def main() -> None:
     known = frozenset(name for names in world.NOUNS.values() for name in names)
     icons = load_icons(work, only=known if arguments.short else None)
     if arguments.teacher and not (work / "vae").exists():
+        # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
             shutil.copytree(arguments.teacher / "vae", work / "vae" / stage)
     if not (work / "vae" / "first").exists():
