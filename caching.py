@@ -12,8 +12,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -178,14 +179,19 @@ def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: Autoenco
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     shared = [digest.hexdigest(), settings, vae.device.type, dataset.size]
     shared += [torch.__version__, diffusers.__version__]
-    names, pictures = {}, {}
-    for view in views:
-        if view.path not in pictures:
-            with view.path.open("rb") as file:
-                pictures[view.path] = hashlib.file_digest(file, "sha256").hexdigest()
-        parts = [*shared, pictures[view.path], view.flip, view.scale, view.top, view.left]
-        names[view] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return names
+
+    @cache
+    def digest_of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def parts(view: View | None) -> list[Any]:
+        if view is None:
+            return []
+        canvas = [] if view.scale is None else [dataset.padding_mode]
+        return [digest_of(view.path), view.flip, view.scale, view.top, view.left, *canvas, *parts(view.beside)]
+
+    return {view: hashlib.sha256(json.dumps([*shared, *parts(view)]).encode()).hexdigest() for view in views}
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import math
@@ -308,6 +309,7 @@ class View:
         scale: side in pixels of an instance picture's centre square; None for a class image, which is cropped to a
             square of its shorter side and fills the canvas.
         top, left: where it lies on the canvas, or is cropped, in parts of the room that there is: at least 0, below 1.
+        beside: an instance picture to the right of this one; each then has half of the canvas.
     """
 
     path: Path
@@ -315,6 +317,7 @@ class View:
     scale: int | None
     top: float
     left: float
+    beside: View | None = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,10 @@ class CustomDiffusionDataset(Dataset):
         seed: seed of the order and of every sample.
         variants: how many augmentations of each instance picture there are to draw from; a class image then has one
             random crop, and another when it is mirrored. None: no two samples are alike.
+        cutmix_probability: share of the samples whose instance picture has one of another concept beside it, and a
+            prompt that names both (SVDiff, Han et al. 2023, section 3.2). Concepts are told apart by their folders.
+        padding_mode: what surrounds a picture that the augmentation made smaller: "constant", grey, which the mask
+            leaves out; or "edge", its outermost pixels continued, which the mask takes in.
 
     Attributes:
         posteriors: what :func:`caching.encode_views` gives; samples then have posteriors in place of pixels.
@@ -366,6 +373,8 @@ class CustomDiffusionDataset(Dataset):
         aug: bool = True,
         seed: int = 42,
         variants: int | None = None,
+        cutmix_probability: float = 0.0,
+        padding_mode: str = "constant",
     ) -> None:
         self.tokenizer = tokenizer
         self.size = size
@@ -375,6 +384,8 @@ class CustomDiffusionDataset(Dataset):
         self.aug = aug
         self.seed = seed
         self.variants = variants
+        self.cutmix_probability = cutmix_probability
+        self.padding_mode = padding_mode
         self.instance_images = instance_images
         self.class_images = class_images
         self.posteriors: dict[View, Tensor] = {}
@@ -408,18 +419,41 @@ class CustomDiffusionDataset(Dataset):
             top, left = (0.5, 0.5) if self.center_crop else map(float, place)
             class_image = View(path, flip, None, top, left)
         number = index % len(self.instance_images)
-        path, prompt = self.instance_images[number]
-        if self.variants is not None and self.aug:
-            random = np.random.default_rng((self.seed, number, int(random.integers(self.variants)), 1))
-        instance, words = self._draw_instance(path, random)
-        return Sample(instance, words + prompt, class_image, class_prompt, noise_seed)
+        if self._has_variants():
+            random = self._random_of(number, int(random.integers(self.variants)))
+        instance, prompt = self._draw_instance(number, random)
+        return Sample(instance, prompt, class_image, class_prompt, noise_seed)
 
-    def _draw_instance(self, path: Path, random: np.random.Generator) -> tuple[View, str]:
+    def _has_variants(self) -> bool:
+        """Whether there is so much to draw for an instance picture that it is drawn from a limited number."""
+        return self.variants is not None and (self.aug or self.cutmix_probability > 0)
+
+    def _random_of(self, number: int, variant: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, number, variant, 1))
+
+    def _draw_instance(self, number: int, random: np.random.Generator) -> tuple[View, str]:
+        path, prompt = self.instance_images[number]
+        # Nothing is drawn where there is nothing to decide: the stream is then what it was before there was cutmix.
+        if self.cutmix_probability and random.random() < self.cutmix_probability:
+            others = [pair for pair in self.instance_images if pair[0].parent != path.parent]
+            if others:
+                return self._draw_beside((path, prompt), others[int(random.integers(len(others)))], random)
         flip = random.random() < self.flip_probability
         scale, words = self._draw_scale(random)
         # Where there is no room, there is but one view of the picture.
         top, left = (0.0, 0.0) if scale == self.size else map(float, random.random(2))
-        return View(path, flip, scale, top, left), words
+        return View(path, flip, scale, top, left), words + prompt
+
+    def _draw_beside(
+        self, one: tuple[Path, str], other: tuple[Path, str], random: np.random.Generator
+    ) -> tuple[View, str]:
+        left, right = (one, other) if random.random() < 0.5 else (other, one)
+        flips = random.random(2) < self.flip_probability
+        # Around the middle and below it, as things stand beside each other.
+        tops = 0.4 + 0.4 * random.random(2)
+        beside = View(right[0], bool(flips[1]), self.size // 2, float(tops[1]), 0.0)
+        view = View(left[0], bool(flips[0]), self.size // 2, float(tops[0]), 0.0, beside)
+        return view, side_by_side(left[1], right[1])
 
     def _draw_scale(self, random: np.random.Generator) -> tuple[int, str]:
         """Side of the picture in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
@@ -459,9 +493,16 @@ class CustomDiffusionDataset(Dataset):
     def _most_views(self) -> float:
         """How many views there can be, with all that prompts say about them."""
         flips = 2 if self.flip_probability else 1
-        instance = flips if not self.aug else self.variants or math.inf
         class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
-        return len(self.instance_images) * instance + len(self.class_images) * class_image
+        if not self._has_variants():
+            instance = len(self.instance_images) * (math.inf if self.aug or self.cutmix_probability else flips)
+        elif not self.cutmix_probability:
+            instance = len(self.instance_images) * self.variants
+        else:
+            # Two variants may be the same two pictures beside each other.
+            numbers = itertools.product(range(len(self.instance_images)), range(self.variants))
+            instance = len({self._draw_instance(number, self._random_of(number, v))[0] for number, v in numbers})
+        return instance + len(self.class_images) * class_image
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """One item of the stream.
@@ -497,15 +538,13 @@ class CustomDiffusionDataset(Dataset):
     def render(self, view: View) -> Tensor:
         """The pixels of a view, (3, size, size) in [-1, 1].
 
-        An instance picture's centre square is laid on a grey canvas, or cropped to the canvas. The example squashes
-        the whole picture into the square; the authors' code keeps its proportions, and so does this.
+        An instance picture's centre square is laid on a canvas, or cropped to the canvas. The example squashes the
+        whole picture into the square; the authors' code keeps its proportions, and so does this. Of two beside each
+        other, each fills the width of its half, and its edges are continued above and below it.
         """
-        # Where views are encoded, those of a picture follow each other: it is decoded once then.
-        if self._last_image is None or self._last_image[0] != view.path:
-            self._last_image = (view.path, load_image(view.path))
-        image = self._last_image[1]
-        if view.flip:
-            image = ImageOps.mirror(image)
+        if view.beside is not None:
+            return torch.cat([self._half(view), self._half(view.beside)], dim=2)
+        image = self._image(view)
         if view.scale is None:
             # Cropped before it is resized: a panorama would otherwise become gigabytes first.
             width, height = image.size
@@ -513,22 +552,43 @@ class CustomDiffusionDataset(Dataset):
             top, left = _offset(view.top, height - side), _offset(view.left, width - side)
             image = TF.crop(image, top, left, side, side)
             return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
-        square = TF.center_crop(image, [min(image.size)] * 2)
-        pixels = _to_tensor(square.resize((view.scale, view.scale), Image.Resampling.BILINEAR))
+        pixels = _centre_square(image, view.scale)
         top, left = self._place(view)
-        if view.scale >= self.size:
+        room = self.size - view.scale
+        if room <= 0:
             return pixels[:, top : top + self.size, left : left + self.size]
-        canvas = torch.zeros(3, self.size, self.size)
-        canvas[:, top : top + view.scale, left : left + view.scale] = pixels
-        return canvas
+        return TF.pad(pixels, [left, top, room - left, room - top], padding_mode=self.padding_mode)
+
+    def _image(self, view: View) -> Image.Image:
+        # Where views are encoded, those of a picture follow each other: it is decoded once then.
+        if self._last_image is None or self._last_image[0] != view.path:
+            self._last_image = (view.path, load_image(view.path))
+        image = self._last_image[1]
+        return ImageOps.mirror(image) if view.flip else image
+
+    def _half(self, view: View) -> Tensor:
+        top = self._top_of_half(view)
+        pixels = _centre_square(self._image(view), view.scale)
+        return TF.pad(pixels, [0, top, 0, self.size - view.scale - top], padding_mode="edge")
+
+    def _top_of_half(self, view: View) -> int:
+        # On the grid of the latents, so that none of them sees only a part of the picture.
+        factor = self.size // self.mask_size
+        return _offset(view.top, (self.size - view.scale) // factor) * factor
 
     def mask(self, view: View) -> Tensor:
-        """Which latents lie inside the picture: (mask_size, mask_size), ones and zeros."""
-        if view.scale is None or view.scale >= self.size:
+        """Which latents count: (mask_size, mask_size), 1 inside the picture (or pictures) and 0 outside."""
+        factor = self.size // self.mask_size
+        mask = torch.zeros(self.mask_size, self.mask_size)
+        if view.beside is not None:
+            side = max(1, view.scale // factor)
+            for part, columns in ((view, slice(0, side)), (view.beside, slice(-side, None))):
+                top = self._top_of_half(part) // factor
+                mask[top : top + side, columns] = 1.0
+            return mask
+        if view.scale is None or view.scale >= self.size or self.padding_mode == "edge":
             return torch.ones(self.mask_size, self.mask_size)
         top, left = self._place(view)
-        mask = torch.zeros(self.mask_size, self.mask_size)
-        factor = self.size // self.mask_size
         mask[slice(*_cells_inside(top, view.scale, factor)), slice(*_cells_inside(left, view.scale, factor))] = 1.0
         return mask
 
@@ -547,6 +607,25 @@ class CustomDiffusionDataset(Dataset):
                 return_tensors="pt",
             ).input_ids[0]
         return self._ids_of[prompt]
+
+
+def side_by_side(left: str, right: str) -> str:
+    """A prompt for two pictures beside each other: what both prompts begin with is said once.
+
+    "photo of a <new1> cat" and "photo of a <new2> plant" give "photo of a <new1> cat next to a <new2> plant".
+    """
+    words, others = left.split(), right.split()
+    same = 0
+    while same < min(len(words), len(others)) - 1 and words[same] == others[same]:
+        same += 1
+    if same and others[same - 1] in ("a", "an", "the"):
+        same -= 1
+    return f"{left} next to {' '.join(others[same:])}"
+
+
+def _centre_square(image: Image.Image, side: int) -> Tensor:
+    square = TF.center_crop(image, [min(image.size)] * 2)
+    return _to_tensor(square.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _offset(part: float, room: int) -> int:

@@ -101,7 +101,7 @@ LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
 # Flags that a model card shows.
 SHOWN_ON_CARD = (
     "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
-    "with_prior_preservation", "real_prior", "hflip", "noaug", "seed",
+    "with_prior_preservation", "real_prior", "hflip", "noaug", "padding_mode", "cutmix_probability", "seed",
 )  # fmt: skip
 MOST_SKIPPED_STEPS = 50  # fp16's loss scale halves at each; 2^50 is far below anything that helps
 
@@ -149,6 +149,12 @@ def build_parser() -> argparse.ArgumentParser:
         "instance_data_dir, class_data_dir}. Replaces the four flags of these names.")
     add("--hflip", **is_on, help="Mirror half of the pictures.")
     add("--noaug", **is_on, help="No resize augmentation of the instance pictures.")
+    add("--padding_mode", default="constant", choices=["constant", "edge"],
+        help="Around pictures that this augmentation makes smaller: grey that the loss leaves out, as in the paper; or "
+        "their edges continued and learned too, better for plain backgrounds and at small resolutions.")
+    add("--cutmix_probability", type=float, default=0.0,
+        help="With several concepts, how often one is shown beside another ('... next to ...'), from 0 to 1, so that "
+        "both can be drawn in one picture; 0.2 is a good start.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
@@ -246,6 +252,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt (or --concepts_list)")
     if args.real_prior and not args.with_prior_preservation:
         parser.error("--real_prior says which class images to use, but without --with_prior_preservation none are used")
+    if not 0 <= args.cutmix_probability <= 1:
+        parser.error(f"--cutmix_probability {args.cutmix_probability} is not between 0 and 1")
+    if args.cutmix_probability and args.concepts_list is None:
+        parser.error("--cutmix_probability shows one concept beside another: give several, with --concepts_list")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     if args.validation_prompt is not None and not args.validation_prompt.isprintable():
@@ -312,6 +322,8 @@ def build_dataset(args: argparse.Namespace, inputs: Inputs, accelerator: Acceler
         aug=not args.noaug,
         seed=args.seed,
         variants=None if args.no_latent_cache else args.latent_variants,
+        cutmix_probability=args.cutmix_probability,
+        padding_mode=args.padding_mode,
     )
 
 
@@ -694,6 +706,11 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args, concepts)
     instance_images = find_instance_images(concepts, tokens)
+    if args.cutmix_probability and len({path.parent for path, _ in instance_images}) < 2:
+        raise UsageError(
+            f"--cutmix_probability shows one concept beside another, and {args.concepts_list!r} has pictures in one "
+            "folder only: leave it out, or give each concept an instance_data_dir of its own"
+        )
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)

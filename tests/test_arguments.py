@@ -136,6 +136,11 @@ def list_that_is_no_list(tmp: Path, **_: Path) -> dict[str, object]:
     return {"concepts_list": write_list(tmp / "list.json", {"instance_prompt": "a"})}
 
 
+def one_concept_beside_none(tmp: Path, pictures: Path) -> dict[str, object]:
+    entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(pictures)}
+    return {"concepts_list": write_list(tmp / "list.json", [entry]), "cutmix_probability": 0.2}
+
+
 def list_without_a_key(tmp: Path, pictures: Path) -> dict[str, object]:
     entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(pictures), "class_prompt": "cat"}
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "with_prior_preservation": True}
@@ -195,6 +200,7 @@ RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
         (broken_list, ["list.json", "no valid JSON"]),
         (list_that_is_no_list, ["list.json", "must hold a list"]),
         (list_without_a_key, ["list.json", "concept 1", "class_data_dir"]),
+        (one_concept_beside_none, ["--cutmix_probability", "list.json", "one folder"]),
         (too_few_real_class_images, ["2 readable class images of the 3", RETRIEVE, "--num_class_images 3"]),
         (captions_that_do_not_fit, ["images.txt has 2 lines", "caption.txt has 1", RETRIEVE]),
         (no_retrieved_images, ["images.txt", RETRIEVE]),
@@ -259,6 +265,9 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"torch_compile": True}, ["--torch_compile", "g++", "CXX"]),
         ({"keep_latents": True, "no_latent_cache": True}, ["--keep_latents", "--no_latent_cache"]),
         ({"latent_variants": 0}, ["--latent_variants", "less than 1"]),
+        ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
+        ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
+        ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
     ],
 )
 def test_a_wrong_argument_gets_a_usage_line_and_an_error_line(

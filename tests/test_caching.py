@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import shutil
@@ -31,7 +32,7 @@ Train = Callable[[list[str]], None]
 
 def command(base_model: Path, folder: Path, output: str, **more: object) -> list[str]:
     """A run with five instance pictures and four wide class images."""
-    if not (folder / "instance").exists():
+    if not (folder / "class").exists():
         draw_pictures(folder / "instance", 5)
         draw_pictures(folder / "class", 4, size=(120, 80))
     values = {
@@ -111,7 +112,7 @@ def test_the_loss_stays_within_the_spread_of_two_seeds(base_model: Path, tmp_pat
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_resumed_run_ends_bit_equal(keep: bool, base_model: Path, tmp_path: Path, train_here: Train) -> None:
-    more = {"checkpointing_steps": 3, "max_train_steps": 6, "keep_latents": keep or None}
+    more = {"checkpointing_steps": 3, "max_train_steps": 6, "keep_latents": keep or None, "padding_mode": "edge"}
     train_here(command(base_model, tmp_path, "whole", **more))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     train_here(command(base_model, tmp_path, "resumed", **more, resume_from_checkpoint="latest"))
@@ -123,7 +124,7 @@ def test_a_resumed_run_ends_bit_equal(keep: bool, base_model: Path, tmp_path: Pa
 
 def stream(base_model: Path, instance: int, class_images: int, **more: object) -> CustomDiffusionDataset:
     """Pictures that need not be there: what is drawn is decided without them."""
-    pictures = [(Path(f"{number}.png"), f"<new1> {number}") for number in range(instance)]
+    pictures = [(Path(f"{number % 2}/{number}.png"), f"<new1> {number}") for number in range(instance)]
     others = [(Path(f"class/{number}.png"), f"cat {number}") for number in range(class_images)]
     return CustomDiffusionDataset(
         pictures, others, CLIPTokenizer.from_pretrained(base_model / "tokenizer"), 64, 8, hflip=True, **more
@@ -143,20 +144,33 @@ def drawn_at(samples: CustomDiffusionDataset, position: int) -> list[object]:
     return [sample.instance, sample.class_image]
 
 
-@pytest.mark.parametrize("more", [{"variants": 3}, {"variants": 3, "aug": False}, {"variants": None, "aug": False}])
+PAIRS = {"cutmix_probability": 0.5}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"variants": 3},
+        {"variants": 3, "aug": False},
+        {"variants": None, "aug": False},
+        {"variants": 3, "aug": False, **PAIRS},
+        {"variants": 3, **PAIRS},
+    ],
+)
 def test_a_long_run_is_not_walked_through_for_nothing(more: dict[str, object], base_model: Path) -> None:
     samples = stream(base_model, 5, 7, center_crop=True, **more)
     views, prompts = samples.drawn(range(10**12))
     assert set(views) == {view for position in range(3000) for view in drawn_at(samples, position)}
     assert set(prompts["instance"]) == {samples.draw(position).instance_prompt for position in range(3000)}
-    assert len(views) == (5 * 3 if samples.aug else 5 * 2) + 7 * 2
+    if not samples.cutmix_probability:
+        assert len(views) == (5 * 3 if samples.aug else 5 * 2) + 7 * 2
 
 
 def test_the_pool_holds_as_many_augmentations_as_asked(base_model: Path) -> None:
     samples = stream(base_model, 5, 0, variants=4)
     for picture in range(5):
         seen = {samples.draw(position).instance for position in range(1000)}
-        assert len({view for view in seen if view.path == Path(f"{picture}.png")}) == 4
+        assert len({view for view in seen if view.path.stem == str(picture)}) == 4
     others = stream(base_model, 5, 0, variants=4, seed=7)
     assert not seen & {others.draw(position).instance for position in range(1000)}, "another seed, other augmentations"
 
@@ -359,6 +373,25 @@ def test_latents_of_another_vae_size_or_type_are_not_used(
     assert len(kept(encoded)) == 2 * len(before)
     train_here(command(model, tmp_path, "fresh", **(more | {"keep_latents": None})))
     assert torch.equal(learned(encoded), learned(tmp_path / "fresh"))
+
+
+def test_latents_of_another_canvas_or_pair_are_not_used(base_model: Path, tmp_path: Path, train_here: Train) -> None:
+    draw_pictures(tmp_path / "instance", 5)
+    draw_pictures(tmp_path / "second", 3)
+    prompts = {"instance": "photo of a <new1> cat", "second": "photo of a <new2> dog"}
+    entries = [
+        {"instance_prompt": prompt, "instance_data_dir": str(tmp_path / name)} for name, prompt in prompts.items()
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    common = {"concepts_list": tmp_path / "list.json", "modifier_token": "<new1>+<new2>", "latent_variants": 2}
+    common |= {"with_prior_preservation": None, "max_train_steps": 12, "overwrite": True}
+    count = 0
+    for more in ({}, {"padding_mode": "edge"}, {"cutmix_probability": 1.0}):
+        train_here(command(base_model, tmp_path, "out", keep_latents=True, **common, **more))
+        count, before = len(kept(tmp_path / "out")), count
+        assert count > before
+        train_here(command(base_model, tmp_path, "fresh", **common, **more))
+        assert torch.equal(learned(tmp_path / "out"), learned(tmp_path / "fresh"))
 
 
 # --- reading losses ------------------------------------------------------------------------------
