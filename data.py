@@ -351,7 +351,8 @@ class CustomDiffusionDataset(Dataset):
         variants: how many augmentations of each instance picture there are to draw from; a class image then has one
             random crop, and another when it is mirrored. None: no two samples are alike.
         cutmix_probability: share of the samples whose instance picture has one of another concept beside it, and a
-            prompt that names both (SVDiff, Han et al. 2023, section 3.2). Concepts are told apart by their folders.
+            prompt that names both (after the Cut-Mix of SVDiff, Han et al. 2023, which crops what is scaled here).
+            Concepts are told apart by their folders.
         padding_mode: what surrounds a picture that the augmentation made smaller: "constant", grey, which the mask
             leaves out; or "edge", its outermost pixels continued, which the mask takes in.
 

@@ -49,13 +49,14 @@ RECIPE = {
     "with_prior_preservation": True,
     "real_prior": True,
     "num_class_images": 400,
-    "prior_loss_weight": 90,
+    "prior_loss_weight": 60,
+    "padding_mode": "edge",
     "resolution": 64,
     "train_batch_size": 4,
     "learning_rate": 5e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
-    "max_train_steps": 800,
+    "max_train_steps": 1000,
     "report_to": "none",
 }
 

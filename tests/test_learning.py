@@ -102,6 +102,7 @@ def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
     (folder / "list.json").write_text(json.dumps(concepts))
     alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt"))
     together = {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "max_train_steps": 1600}
+    together["cutmix_probability"] = 0.2
     launch(*recipe(output_dir=folder / "concepts", seed=SEED, **alone, **together))
     return folder / "concepts"
 
