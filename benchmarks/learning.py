@@ -1,16 +1,19 @@
 """Is a concept really learned? Figures on the base model of `base/`, each beside its control.
 
     python -m benchmarks.learning --seeds 11 12 13
+    python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
 saw, at fixed noise; which of all cat designs the pictures made by `<new1> cat` are nearest to; whether a background is
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
-an extra word moves similarities by itself. tests/test_learning.py holds these to bars.
+an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
+its token and both come out in one picture. tests/test_learning.py holds these to bars.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -69,6 +72,29 @@ def recipe(**changes: object) -> list[str]:
     ]
 
 
+# What two concepts change of it: those of `concept_list.json`, as in demo/run.py.
+TOGETHER = {
+    **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
+    "modifier_token": "<new1>+<new2>",
+    "max_train_steps": 1600,
+    "cutmix_probability": 0.2,
+}
+TOKENS = {"cat": "<new1>", "plant": "<new2>"}
+# Every size that the augmentation gives, with its words.
+SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}
+
+
+def recipe_for_two(folder: Path, class_images: Path, **changes: object) -> list[str]:
+    """The command line for cat and plant together; `folder` gets their list, `class_images` has a folder of each."""
+    concepts = json.loads((ROOT / "concept_list.json").read_text())
+    for concept in concepts:
+        concept["instance_data_dir"] = str(ROOT / concept["instance_data_dir"])
+        concept["class_data_dir"] = str(class_images / concept["class_prompt"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "list.json").write_text(json.dumps(concepts))
+    return recipe(concepts_list=folder / "list.json", **(TOGETHER | changes))
+
+
 def retrieve(class_prompt: str, folder: Path) -> None:
     """Fill `folder` with the real class images of `DRAWINGS`, as README.md does."""
     command = [sys.executable, ROOT / "retrieve.py", "--class_prompt", class_prompt, "--path", DRAWINGS]
@@ -88,6 +114,22 @@ def views(icons: dict[str, np.ndarray], noun: str, designs: Sequence[str], each:
     """`each` pictures with captions of every design, on plain backgrounds."""
     generator = np.random.default_rng(seed)
     return [world.simple_example(icons, noun, design, generator) for design in designs for _ in range(each)]
+
+
+def sized_views(
+    icons: dict[str, np.ndarray], designs: Sequence[str], size: tuple[str, float, float], each: int, seed: int
+) -> list[world.Example]:
+    """`each` pictures of each cat design, anywhere; `size`: words, least and most side as part of the picture's."""
+    generator, (words, low, high) = np.random.default_rng(seed), size
+    caption, found = f"{words}photo of a cat", []
+    noun = (caption.index("cat"), len(caption))
+    for name in [*designs] * each:
+        picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
+        side = world.RESOLUTION * generator.uniform(low, high)
+        left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
+        world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
+        found.append(world.Example(picture, caption, (), (noun,)))
+    return found
 
 
 def load_base() -> StableDiffusionPipeline:
@@ -184,7 +226,8 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
     icons = load_designs()
     judge = Judge(control, icons, ["cat"])
     cats = groups_of(icons, "cat")
-    unseen = views(icons, "cat", cats.pop(CONCEPT), each=6, seed=seed)
+    own = cats.pop(CONCEPT)
+    unseen = views(icons, "cat", own, each=6, seed=seed)
     other_cats = [name for names in cats.values() for name in names]
     others = views(icons, "cat", other_cats, each=2, seed=seed)
     dogs = views(icons, "dog", [name for name in icons if name.split("/")[1] in world.NOUNS["dog"]], 8, seed)
@@ -199,6 +242,10 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
     red = made(learned, f"{prompt} on a red background")
     return {
         "loss on unseen views, <new1> cat": change(unseen, TOKEN),
+        **{
+            f"loss on {name} views, <new1> cat": change(sized_views(icons, own, size, 4, seed), TOKEN)
+            for name, size in SIZES.items()
+        },
         "loss on unseen views, plain cat": change(unseen, None),
         "loss on other cats, plain cat": change(others, None),
         "loss on dogs, plain dog": change(dogs, None),
@@ -210,27 +257,58 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
     }
 
 
+def measure_two(folder: Path, seed: int, pictures: int = 24) -> dict[str, float]:
+    """Shares of `pictures` per prompt of the two concepts in `folder` that show what they should."""
+    learned, icons = with_concept(folder), load_designs()
+    halves = Judge(learned, icons, list(TOKENS), half=True)
+    figures = {}
+
+    def made(prompt: str) -> np.ndarray:
+        return generated(learned, [prompt] * pictures, seed, guidance=6.0)
+
+    for noun, token in TOKENS.items():
+        alone = made(f"photo of a {token} {noun}")
+        figures[f"{token} {noun} nearest to the concept"] = Judge(learned, icons, [noun]).share(
+            alone, f"{noun} of noto"
+        )
+    for left, right in (("cat", "plant"), ("plant", "cat")):
+        for tokens in (TOKENS, None):
+            first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
+            both = made(f"photo of a {first} next to a {second}")
+            nearest = list(zip(halves.nearest(both[:, :, :32]), halves.nearest(both[:, :, 32:]), strict=True))
+            nouns = [(one.split()[0], other.split()[0]) == (left, right) for one, other in nearest]
+            figures[f"{first} next to {second}: both nouns"] = statistics.fmean(nouns)
+            taught = [pair == (f"{left} of noto", f"{right} of noto") for pair in nearest]
+            figures[f"{first} next to {second}: both as taught"] = statistics.fmean(taught)
+    return figures
+
+
 def main() -> None:
     """Train and measure for every seed, and print mean and spread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="One training for each.")
     parser.add_argument("--work", type=Path, help="Folder to keep class images and concepts in between runs.")
+    parser.add_argument("--two", action="store_true", help="Teach cat and plant together.")
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        retrieve("cat", work / "class")
+        for noun in TOKENS if arguments.two else ("cat",):
+            retrieve(noun, work / "class" / noun)
         for seed in tqdm(arguments.seeds, desc="Trainings"):
-            folder = work / f"concept-{seed}"
+            folder = work / f"{'two' if arguments.two else 'concept'}-{seed}"
             if not folder.exists():
-                flags = recipe(output_dir=folder, class_data_dir=work / "class", seed=seed)
+                if arguments.two:
+                    flags = recipe_for_two(work, work / "class", output_dir=folder, seed=seed)
+                else:
+                    flags = recipe(output_dir=folder, class_data_dir=work / "class" / "cat", seed=seed)
                 command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
                 subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
-            for name, value in measure(folder, seed).items():
+            for name, value in (measure_two if arguments.two else measure)(folder, seed).items():
                 rows.setdefault(name, []).append(value)
     print(f"seeds {arguments.seeds}; nearest by {ENCODER}")
     for name, values in rows.items():
-        print(f"{name:50} {statistics.fmean(values):+8.1%}   {min(values):+.1%} to {max(values):+.1%}")
+        print(f"{name:60} {statistics.fmean(values):+8.1%}   {min(values):+.1%} to {max(values):+.1%}")
 
 
 if __name__ == "__main__":

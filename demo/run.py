@@ -33,7 +33,7 @@ CONTEXTS = {
     "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
     "plant": ("photo of a <new2> plant", "photo of a <new2> plant on a pink background", "a <new2> plant at night"),
 }
-TOGETHER = "photo of a <new2> plant next to a <new1> cat"
+TOGETHER = "photo of a <new1> cat next to a <new2> plant"
 EACH = 4
 
 
