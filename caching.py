@@ -188,10 +188,14 @@ def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: Autoenco
     def parts(view: View | None) -> list[Any]:
         if view is None:
             return []
-        canvas = [] if view.scale is None else [dataset.padding_mode]
-        return [digest_of(view.path), view.flip, view.scale, view.top, view.left, *canvas, *parts(view.beside)]
+        return [digest_of(view.path), view.flip, view.scale, view.top, view.left, *parts(view.beside)]
 
-    return {view: hashlib.sha256(json.dumps([*shared, *parts(view)]).encode()).hexdigest() for view in views}
+    def name(view: View) -> str:
+        smaller = view.scale is not None and view.scale < dataset.size and view.beside is None
+        canvas = [dataset.padding_mode] if smaller and dataset.padding_mode != "constant" else []
+        return hashlib.sha256(json.dumps([*shared, *parts(view), *canvas]).encode()).hexdigest()
+
+    return {view: name(view) for view in views}
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -20,6 +20,8 @@ from pictures import UsageError, first_line, remove_half_written, write_whole
 logger = logging.getLogger("custom_diffusion")
 
 SETTINGS_NAME = "training_settings.json"
+# What runs did that were made before there were these flags: they can still be gone on with.
+BEFORE_THE_FLAG = {"padding_mode": "constant", "cutmix_probability": 0.0}
 # Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
@@ -154,6 +156,7 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
     try:
         others = json.loads(path.read_text())
         names = sorted(settings.keys() | others.keys())
+        others = BEFORE_THE_FLAG | others
     except (ValueError, AttributeError) as error:
         raise UsageError(f"{str(path)!r} is damaged: {advice}") from error
     different = [

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import shlex
 import shutil
 import tempfile
@@ -500,7 +501,7 @@ class CustomDiffusionDataset(Dataset):
         elif not self.cutmix_probability:
             instance = len(self.instance_images) * self.variants
         else:
-            # Two variants may be the same two pictures beside each other.
+            # Without augmentation, single pictures among the variants are alike.
             numbers = itertools.product(range(len(self.instance_images)), range(self.variants))
             instance = len({self._draw_instance(number, self._random_of(number, v))[0] for number, v in numbers})
         return instance + len(self.class_images) * class_image
@@ -509,8 +510,8 @@ class CustomDiffusionDataset(Dataset):
         """One item of the stream.
 
         Returns:
-            ``instance_images`` (3, size, size) in [-1, 1], grey outside of a picture that was made smaller;
-            ``instance_mask`` (mask_size, mask_size), 1 where the latents show the picture; ``instance_prompt_ids``
+            ``instance_images`` (3, size, size) in [-1, 1], as :meth:`render` gives them; ``instance_mask``
+            (mask_size, mask_size), 1 where the loss counts (:meth:`mask`); ``instance_prompt_ids``
             (model_max_length,); with prior preservation ``class_images``, ``class_mask`` (all ones) and
             ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
             Where the pictures are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
@@ -611,17 +612,14 @@ class CustomDiffusionDataset(Dataset):
 
 
 def side_by_side(left: str, right: str) -> str:
-    """A prompt for two pictures beside each other: what both prompts begin with is said once.
+    """A prompt for two pictures beside each other: that they are a "photo of" something is said once.
 
     "photo of a <new1> cat" and "photo of a <new2> plant" give "photo of a <new1> cat next to a <new2> plant".
     """
-    words, others = left.split(), right.split()
-    same = 0
-    while same < min(len(words), len(others)) - 1 and words[same] == others[same]:
-        same += 1
-    if same and others[same - 1] in ("a", "an", "the"):
-        same -= 1
-    return f"{left} next to {' '.join(others[same:])}"
+    opening = re.match(r"(an? )?\w+ of ", right)
+    if opening and left.startswith(opening[0]):
+        right = right.removeprefix(opening[0])
+    return f"{left} next to {right}"
 
 
 def _centre_square(image: Image.Image, side: int) -> Tensor:

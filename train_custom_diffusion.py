@@ -151,10 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noaug", **is_on, help="No resize augmentation of the instance pictures.")
     add("--padding_mode", default="constant", choices=["constant", "edge"],
         help="Around pictures that this augmentation makes smaller: grey that the loss leaves out, as in the paper; or "
-        "their edges continued and learned too, better for plain backgrounds and at small resolutions.")
+        "their edges continued and learned too, which teaches small views at small resolutions.")
     add("--cutmix_probability", type=float, default=0.0,
         help="With several concepts, how often one is shown beside another ('... next to ...'), from 0 to 1, so that "
-        "both can be drawn in one picture; 0.2 is a good start.")
+        "both can be drawn in one picture; such as 0.2.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
@@ -206,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Encode the pictures anew at every step, each time augmented anew, rather than once before the first.")
     add("--latent_variants", type=positive_int, default=20,
         help="How many augmentations of each instance picture there are to draw from, without --no_latent_cache; "
-        "with --noaug nothing is approximated.")
+        "with --noaug, and without --cutmix_probability, nothing is approximated.")
     add("--keep_latents", **is_on,
         help="Keep the encoded pictures in --output_dir/latents; a later run there encodes only what has changed.")
     add("--torch_compile", **is_on,
@@ -717,6 +717,8 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     noise_scheduler, latent_channels, latent_size = check_base_model(base, args.resolution)
     tokenizer = load_tokenizer(base, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
+    if args.cutmix_probability:
+        check_joined_prompts(instance_images, tokenizer)
     return Inputs(
         base,
         concepts,
@@ -729,6 +731,25 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
         tokenizer,
         modifier_tokens,
     )
+
+
+def check_joined_prompts(instance_images: Sequence[tuple[Path, str]], tokenizer: CLIPTokenizer) -> None:
+    """Make sure that the prompts of two concepts fit into one.
+
+    Raises:
+        UsageError: where the words of the second concept could be cut off, which would teach it to those of the first.
+    """
+    longest: dict[Path, tuple[int, str]] = {}
+    for path, prompt in instance_images:
+        length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
+    (one, left), (other, right) = sorted(longest.values())[-2:]
+    # With "next to" between them, and the start and end tokens.
+    if one + other + 4 > tokenizer.model_max_length:
+        raise UsageError(
+            f"--cutmix_probability joins two prompts, and {left!r} and {right!r} together are too long for the "
+            f"{tokenizer.model_max_length} tokens of the text encoder: shorten them, or leave the flag out"
+        )
 
 
 @dataclass

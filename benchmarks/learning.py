@@ -287,7 +287,9 @@ def main() -> None:
     """Train and measure for every seed, and print mean and spread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="One training for each.")
-    parser.add_argument("--work", type=Path, help="Folder to keep class images and concepts in between runs.")
+    parser.add_argument(
+        "--work", type=Path, help="Folder to keep class images and concepts in between runs, all with the same flags."
+    )
     parser.add_argument("--two", action="store_true", help="Teach cat and plant together.")
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}

@@ -141,6 +141,15 @@ def one_concept_beside_none(tmp: Path, pictures: Path) -> dict[str, object]:
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "cutmix_probability": 0.2}
 
 
+def prompts_too_long_for_one(tmp: Path, pictures: Path) -> dict[str, object]:
+    draw_pictures(tmp / "second", 1)
+    entries = [
+        {"instance_prompt": f"<new1> {number} " + "cat " * 40, "instance_data_dir": str(folder)}
+        for number, folder in enumerate((pictures, tmp / "second"))
+    ]
+    return {"concepts_list": write_list(tmp / "list.json", entries), "cutmix_probability": 0.2}
+
+
 def list_without_a_key(tmp: Path, pictures: Path) -> dict[str, object]:
     entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(pictures), "class_prompt": "cat"}
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "with_prior_preservation": True}
@@ -201,6 +210,7 @@ RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
         (list_that_is_no_list, ["list.json", "must hold a list"]),
         (list_without_a_key, ["list.json", "concept 1", "class_data_dir"]),
         (one_concept_beside_none, ["--cutmix_probability", "list.json", "one folder"]),
+        (prompts_too_long_for_one, ["--cutmix_probability", "<new1> 0", "<new1> 1", "too long for the 77 tokens"]),
         (too_few_real_class_images, ["2 readable class images of the 3", RETRIEVE, "--num_class_images 3"]),
         (captions_that_do_not_fit, ["images.txt has 2 lines", "caption.txt has 1", RETRIEVE]),
         (no_retrieved_images, ["images.txt", RETRIEVE]),

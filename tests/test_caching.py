@@ -392,6 +392,12 @@ def test_latents_of_another_canvas_or_pair_are_not_used(base_model: Path, tmp_pa
         assert count > before
         train_here(command(base_model, tmp_path, "fresh", **common, **more))
         assert torch.equal(learned(tmp_path / "out"), learned(tmp_path / "fresh"))
+    # One of a pair may change alone.
+    for name in ("0.png", "1.png", "2.png"):
+        Image.new("RGB", (96, 96), "green").save(tmp_path / "second" / name)
+    train_here(command(base_model, tmp_path, "out", keep_latents=True, **common, **more))
+    train_here(command(base_model, tmp_path, "fresh", **common, **more))
+    assert torch.equal(learned(tmp_path / "out"), learned(tmp_path / "fresh"))
 
 
 # --- reading losses ------------------------------------------------------------------------------
