@@ -71,7 +71,6 @@ def test_a_class_that_no_class_image_shows_stays(figures: dict[str, float]) -> N
     assert abs(figures["loss on dogs, plain dog"]) <= 0.02
 
 
-@learning
 def test_pictures_show_the_concept(figures: dict[str, float]) -> None:
     assert figures["pictures of <new1> cat nearest to the concept"] >= 0.70
 
