@@ -706,11 +706,6 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args, concepts)
     instance_images = find_instance_images(concepts, tokens)
-    if args.cutmix_probability and len({path.parent for path, _ in instance_images}) < 2:
-        raise UsageError(
-            f"--cutmix_probability shows one concept beside another, and {args.concepts_list!r} has pictures in one "
-            "folder only: leave it out, or give each concept an instance_data_dir of its own"
-        )
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
@@ -718,7 +713,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     tokenizer = load_tokenizer(base, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizer, tokens, initializers)
     if args.cutmix_probability:
-        check_joined_prompts(instance_images, tokenizer)
+        check_cutmix(instance_images, tokenizer, args.concepts_list)
     return Inputs(
         base,
         concepts,
@@ -733,16 +728,22 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
-def check_joined_prompts(instance_images: Sequence[tuple[Path, str]], tokenizer: CLIPTokenizer) -> None:
-    """Make sure that the prompts of two concepts fit into one.
+def check_cutmix(instance_images: Sequence[tuple[Path, str]], tokenizer: CLIPTokenizer, concepts_list: str) -> None:
+    """Make sure that there are two concepts to show beside each other, and that their prompts fit into one.
 
     Raises:
-        UsageError: where the words of the second concept could be cut off, which would teach it to those of the first.
+        UsageError: where all pictures are in one folder, or the words of the second concept could be cut off, which
+            would teach it to those of the first.
     """
     longest: dict[Path, tuple[int, str]] = {}
     for path, prompt in instance_images:
         length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
+    if len(longest) < 2:
+        raise UsageError(
+            f"--cutmix_probability shows one concept beside another, and {concepts_list!r} has pictures in one "
+            "folder only: leave it out, or give each concept an instance_data_dir of its own"
+        )
     (one, left), (other, right) = sorted(longest.values())[-2:]
     # With "next to" between them, and the start and end tokens.
     if one + other + 4 > tokenizer.model_max_length:

@@ -72,14 +72,14 @@ def recipe(**changes: object) -> list[str]:
     ]
 
 
+TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 # What two concepts change of it: those of `concept_list.json`, as in demo/run.py.
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
-    "modifier_token": "<new1>+<new2>",
+    "modifier_token": "+".join(TOKENS.values()),
     "max_train_steps": 1600,
     "cutmix_probability": 0.2,
 }
-TOKENS = {"cat": "<new1>", "plant": "<new2>"}
 # Every size that the augmentation gives, with its words.
 SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}
 

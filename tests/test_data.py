@@ -238,9 +238,6 @@ def test_continued_edges_are_learned_with_the_picture(pictures: Path, tokenizer:
     assert smaller > 40
 
 
-RIGHT_OF = " next to a "
-
-
 def two_concepts(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> CustomDiffusionDataset:
     """A picture with a frame, red above blue, as `<new1> cat`; the same, green above white, as `<new2> dog`."""
     concepts = []
@@ -267,7 +264,7 @@ def test_cutmix_shows_two_concepts_where_the_prompt_says_they_are(
     orders = {"photo of a <new1> cat next to a <new2> dog": 0, "photo of a <new2> dog next to a <new1> cat": 0}
     for position in range(300):
         sample, item = samples.draw(position), samples[position]
-        if RIGHT_OF not in sample.instance_prompt:
+        if "next to" not in sample.instance_prompt:
             assert sample.instance.beside is None
             continue
         orders[sample.instance_prompt] += 1
