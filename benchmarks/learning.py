@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "base"
 DESIGNS = ROOT / "tests" / "designs"
 TOKEN, RARE = "<new1>", "ktn"
-CONCEPT = "cat of noto"
+CONCEPT, CONCEPTS = "cat of noto", {"cat": "cat of noto", "plant": "potted-plant of noto"}
 # Drawings that the model knows, as real class images: the paper's best results are with real ones.
 DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
 # The command line that README.md gives for the base model.
@@ -181,13 +181,23 @@ def denoising_loss(
 
 
 def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
-    """Designs of `noun` by whose hand they are (`cat of noto`); of cats only the faces, which the concept has."""
-    wanted = world.CAT_FACES if noun == "cat" else world.NOUNS[noun]
+    """Drawings of `noun` by what they are pictures of: one design each, called by its name and whose hand it is.
+
+    A set's cat faces are one cat with many expressions (`cat of noto`); other cats, which the concept has not, are left
+    out. A herb and a potted plant have nothing in common, so each drawing stands for itself (`potted-plant of noto`).
+    """
     groups: dict[str, list[str]] = {}
     for name in icons:
-        if name.split("/")[1] in wanted:
-            groups.setdefault(f"{noun} of {name.split('/')[0]}", []).append(name)
+        hand, drawing = name.split("/")
+        if drawing in (world.CAT_FACES if noun == "cat" else world.NOUNS[noun]):
+            groups.setdefault(f"{'cat' if noun == 'cat' else drawing} of {hand}", []).append(name)
     return groups
+
+
+def halved(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (n, 64, 64, 3) at half their size as halves of pictures (n, 64, 32, 3), their edges continued."""
+    small = np.stack([np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures])
+    return np.pad(small, ((0, 0), (16, 16), (0, 0), (0, 0)), "edge")
 
 
 class Judge:
@@ -198,14 +208,14 @@ class Judge:
     ) -> None:
         """`half`: pictures will be halves of pictures with two things, so references are made that small."""
         self.encoder = load_encoder()
-        self.groups = [(group, names) for noun in nouns for group, names in groups_of(icons, noun).items()]
+        groups = [(noun, group, names) for noun in nouns for group, names in groups_of(icons, noun).items()]
+        self.noun_of = {group: noun for noun, group, _ in groups}
         references = []
-        for _, names in self.groups:
+        for _, _, names in groups:
             examples = views(icons, "thing", names, each=-(-24 // len(names)), seed=90)
             pictures = np.stack([example.picture for example in examples])
             if half:
-                small = [np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures]
-                pictures = np.stack([np.pad(picture, ((16, 16), (0, 32), (0, 0)), "edge") for picture in small])
+                pictures = np.pad(halved(pictures), ((0, 0), (0, 0), (0, 32), (0, 0)), "edge")
             pictures = reconstructed(pipeline.vae, pictures)
             features = image_features(self.encoder, pictures[:, :, :32] if half else pictures)
             references.append(functional.normalize(features.mean(dim=0), dim=0))
@@ -213,7 +223,8 @@ class Judge:
 
     def nearest(self, pictures: np.ndarray) -> list[str]:
         """The nearest group's name for every one of uint8 pictures (n, h, w, 3)."""
-        return [self.groups[i][0] for i in (image_features(self.encoder, pictures) @ self.references.T).argmax(dim=1)]
+        similarity = image_features(self.encoder, pictures) @ self.references.T
+        return [list(self.noun_of)[i] for i in similarity.argmax(dim=1)]
 
     def share(self, pictures: np.ndarray, group: str) -> float:
         """Share of `pictures` that are nearest to `group`."""
@@ -268,17 +279,15 @@ def measure_two(folder: Path, seed: int, pictures: int = 24) -> dict[str, float]
 
     for noun, token in TOKENS.items():
         alone = made(f"photo of a {token} {noun}")
-        figures[f"{token} {noun} nearest to the concept"] = Judge(learned, icons, [noun]).share(
-            alone, f"{noun} of noto"
-        )
+        figures[f"{token} {noun} nearest to the concept"] = Judge(learned, icons, [noun]).share(alone, CONCEPTS[noun])
     for left, right in (("cat", "plant"), ("plant", "cat")):
         for tokens in (TOKENS, None):
             first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
             both = made(f"photo of a {first} next to a {second}")
             nearest = list(zip(halves.nearest(both[:, :, :32]), halves.nearest(both[:, :, 32:]), strict=True))
-            nouns = [(one.split()[0], other.split()[0]) == (left, right) for one, other in nearest]
+            nouns = [(halves.noun_of[one], halves.noun_of[other]) == (left, right) for one, other in nearest]
             figures[f"{first} next to {second}: both nouns"] = statistics.fmean(nouns)
-            taught = [pair == (f"{left} of noto", f"{right} of noto") for pair in nearest]
+            taught = [pair == (CONCEPTS[left], CONCEPTS[right]) for pair in nearest]
             figures[f"{first} next to {second}: both as taught"] = statistics.fmean(taught)
     return figures
 

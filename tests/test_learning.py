@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from base.score import reconstructed
 from benchmarks.learning import (
     CONCEPT,
+    CONCEPTS,
     SIZES,
     TOKEN,
+    Judge,
     denoising_loss,
     groups_of,
+    halved,
+    load_base,
     load_designs,
     measure,
     measure_two,
@@ -83,6 +89,21 @@ def test_pictures_do_not_show_the_concept_without_its_trained_token(figures: dic
 def test_the_concept_follows_the_prompt(figures: dict[str, float]) -> None:
     assert figures["red background followed"] >= 0.8
     assert figures["of these, nearest to the concept"] >= 0.5
+
+
+def test_the_judge_knows_real_pictures_of_the_concepts() -> None:
+    """A picture can be no more like a concept than the concept's own drawings are, seen through the VAE."""
+    pipeline, icons = load_base(), load_designs()
+    real = {}
+    for noun, group in CONCEPTS.items():
+        own = groups_of(icons, noun)[group]
+        real[noun] = np.stack([view.picture for view in views(icons, noun, own, each=24 // len(own), seed=SEED)])[:20]
+        alone = reconstructed(pipeline.vae, real[noun])
+        assert Judge(pipeline, icons, [noun]).share(alone, group) >= 0.9, noun
+    both = reconstructed(pipeline.vae, np.concatenate([halved(real["cat"]), halved(real["plant"])], axis=2))
+    judge = Judge(pipeline, icons, list(CONCEPTS), half=True)
+    for half, group in zip((both[:, :, :32], both[:, :, 32:]), CONCEPTS.values(), strict=True):
+        assert judge.share(half, group) >= 0.75, group
 
 
 # --- two concepts --------------------------------------------------------------------------------
