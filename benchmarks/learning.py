@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "base"
 DESIGNS = ROOT / "tests" / "designs"
 TOKEN, RARE = "<new1>", "ktn"
-CONCEPT, CONCEPTS = "cat of noto", {"cat": "cat of noto", "plant": "potted-plant of noto"}
+CONCEPTS = {"cat": "cat of noto", "plant": "potted-plant of noto"}
+CONCEPT = CONCEPTS["cat"]
 # Drawings that the model knows, as real class images: the paper's best results are with real ones.
 DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
 # The command line that README.md gives for the base model.
