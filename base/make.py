@@ -77,8 +77,8 @@ def loss_curves(work: Path, file: Path) -> None:
 
     # What was taken over from another model has no log.
     logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
-    figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.6), layout="constrained")
-    for axis, (title, (folder, name)) in zip(axes, logs.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.6), layout="constrained", squeeze=False)
+    for axis, (title, (folder, name)) in zip(axes[0], logs.items(), strict=True):
         lines = [json.loads(line) for line in (work / folder / "log.jsonl").read_text().splitlines()]
         axis.plot([line["step"] for line in lines], [line[name] for line in lines])
         axis.set(title=title, xlabel="step", yscale="log")
@@ -91,28 +91,38 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
     parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
+    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args()
-    if arguments.teacher and not (arguments.teacher / "vae").is_dir():
-        parser.error(f"--teacher: {str(arguments.teacher)!r} is no folder of a model such as base/")
+    if arguments.teacher and arguments.further:
+        parser.error("--teacher is for a UNet with a new text encoder, --further for one with its own: not both")
+    former = arguments.teacher or arguments.further
+    if former and not (former / "vae").is_dir():
+        parser.error(f"{str(former)!r} is no folder of a model such as base/")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     budget, work = SHORT if arguments.short else FULL, arguments.work
     work.mkdir(parents=True, exist_ok=True)
     known = frozenset(name for names in world.NOUNS.values() for name in names)
     icons = load_icons(work, only=known if arguments.short else None)
-    if arguments.teacher and not (work / "vae").exists():
+    if former and not (work / "vae").exists():
         # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
-            shutil.copytree(arguments.teacher / "vae", work / "vae" / stage)
+            shutil.copytree(former / "vae", work / "vae" / stage)
+    if arguments.further and not (work / "text").exists():
+        shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
+        shutil.copytree(former / "text_encoder", work / "text" / "trained")
     if not (work / "vae" / "first").exists():
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
         train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
     if not (work / "unet" / "trained").exists():
         teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
-        pool, steps = budget["pool"], budget["unet"] // (4 if teacher else 1)
-        train_unet.train(icons, work / "vae", work / "text", work / "unet", steps, pool=pool, teacher=teacher)
+        start = former / "unet" if arguments.further else None
+        pool, steps = budget["pool"], budget["unet"] // (4 if former else 1)
+        train_unet.train(
+            icons, work / "vae", work / "text", work / "unet", steps, pool=pool, teacher=teacher, start=start
+        )
     if not (work / "vae" / "trained").exists():
         train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
     model = work / "model"

@@ -10,6 +10,8 @@ from pathlib import Path
 # What Stable Diffusion's users start their new word from (`--initializer_token`): entries without an end-of-word mark,
 # which no text is ever tokenised into.
 RARE_ENTRIES = ("ktn", "pll", "ucd")
+# Entries before the merges: 256 bytes, within words and at their ends.
+LETTERS = 512
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -3,10 +3,10 @@
 Or first towards what a finished model's UNet predicts, whose text encoder may be another: an hour instead of several.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,14 +17,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base import world
 from base.progress import Training, autocast, device
-from base.train_text_encoder import TokenizedCaption, encoded, unknown_words
+from base.tokenizer import LETTERS, RARE_ENTRIES
+from base.train_text_encoder import OTHER_WORDS, TokenizedCaption, encoded, unknown_words
 from base.train_vae import LATENT_CHANNELS, as_tensor
 
 BATCH_SIZE = 64
 # Share of captions left out, for guidance, and of those with unknown words before their nouns, which say nothing.
 UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
+# How often a noun has before it the word for the very drawing. Stable Diffusion knows names for all sorts of looks, and
+# a new word finds its place among them; these do the same here, also for two things beside each other.
+DESIGN_WORDS = 0.5
 # Share of the steps with a teacher's predictions as the aim, which say more than noisy pictures do; then the pictures.
 TAUGHT_SHARE = 0.75
+# Of so many batches in the wider world, one is of two things in pictures twice as wide.
+LANDSCAPE_EVERY = 3
 
 
 def new_unet(width: int) -> UNet2DConditionModel:
@@ -60,7 +66,7 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 def encoded_pictures(
     vae: AutoencoderKL, examples: list[world.Example], on: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the posterior of every picture, fp16 (n, 24, 8, 8) each."""
+    """Mean and deviation of the posterior of every picture, fp16 (n, 24, 8, 8 or 16) each."""
     parts = []
     for start in tqdm(range(0, len(examples), 256), desc="Encoding pictures", mininterval=5):
         pictures = np.stack([example.picture for example in examples[start : start + 256]])
@@ -68,6 +74,29 @@ def encoded_pictures(
             posterior = vae.encode(as_tensor(pictures, on)).latent_dist
         parts.append((posterior.mean.half(), posterior.std.half()))
     return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
+
+
+class Pool(NamedTuple):
+    """Pictures of one size, encoded, with their captions and the words of the designs in them."""
+
+    captions: list[TokenizedCaption]
+    names: list[list[int]]
+    means: torch.Tensor  # fp16 (n, 24, 8, 8 or 16), as are the deviations
+    deviations: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, examples: list[world.Example], tokenizer: CLIPTokenizer, word_of: dict[str, int], vae: AutoencoderKL
+    ) -> Self:
+        """All of `examples`, encoded where the VAE is; `word_of` has the words of their designs."""
+        captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
+        names = [[word_of[design] for design in example.designs] for example in examples]
+        return cls(captions, names, *encoded_pictures(vae, examples, vae.device))
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures in a batch, which has as many latents whatever their shape."""
+        return BATCH_SIZE * 8 // self.means.shape[-1]
 
 
 class Denoising(torch.nn.Module):
@@ -80,7 +109,7 @@ class Denoising(torch.nn.Module):
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, velocity: torch.Tensor
     ) -> torch.Tensor:
-        """Mean squared error of the prediction, of noisy latents (n, 24, 8, 8) and features (n, length, width)."""
+        """Mean squared error of the prediction, of noisy latents (n, 24, h, w) and features (n, length, width)."""
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), velocity)
 
 
@@ -101,7 +130,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The velocity of noisy latents (n, 24, 8, 8), of captions' ids (n, length) without unknown words."""
+        """The velocity of noisy latents (n, 24, h, w), of captions' ids (n, length) without unknown words."""
         return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample.float()
 
     @torch.no_grad()
@@ -130,18 +159,35 @@ class Teacher:
         return {k: v @ change if "attn2.to_k" in k or "attn2.to_v" in k else v for k, v in weights.items()}
 
 
+def design_words(tokenizer: CLIPTokenizer, icons: Iterable[str]) -> dict[str, int]:
+    """For each of `icons` (`set/icon`) that training shows, an entry of the vocabulary that stands for it.
+
+    These are pieces of words in which no caption is written, and from which no new word starts.
+    """
+    texts = [*world.words_of_the_world(), *OTHER_WORDS]
+    taken = {id for text in texts for id in tokenizer(text).input_ids}
+    taken |= set(tokenizer.convert_tokens_to_ids([*RARE_ENTRIES]))
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    spare = [id for entry, id in vocabulary if id >= LETTERS and not entry.endswith("</w>") and id not in taken]
+    drawings = {drawing for names in world.NOUNS.values() for drawing in names}
+    designs = sorted(name for name in icons if name.split("/")[1] in drawings and name not in world.HELD_OUT)
+    return dict(zip(designs, spare[-len(designs) :], strict=True))
+
+
 def caption_ids(
-    caption: TokenizedCaption, generator: np.random.Generator, vocabulary: int, row: int
+    caption: TokenizedCaption, generator: np.random.Generator, vocabulary: int, row: int, names: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
     """MAX_LENGTH ids: sometimes of no caption at all, sometimes with the two unknown words of batch row `row`.
 
-    And the same without unknown words.
+    Else often with the words `names` of the designs that its noun phrases show. And the same without such words.
     """
     dice = generator.random()
     if dice < UNCONDITIONAL:
         caption = TokenizedCaption()
     there = generator.random(2) < (0.7 if dice > 1 - UNKNOWN_WORDS else 0.0)
     words = [vocabulary + 2 * row + n if here else None for n, here in enumerate(there)]
+    if names and dice <= 1 - UNKNOWN_WORDS:
+        words = [name if generator.random() < DESIGN_WORDS else None for name in names]
     return caption.ids(vocabulary, words)[0], caption.ids(vocabulary)[0]
 
 
@@ -154,11 +200,13 @@ def train(
     easy_share: float = 0.25,
     pool: int = 60_000,
     teacher: Teacher | None = None,
+    start: Path | None = None,
 ) -> None:
     """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
 
     For the first `easy_share` of the steps, pictures come from the easy world; then mostly from the wider one. With a
-    `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction.
+    `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction. So too with the folder of
+    a UNet to `start` from, at a lower learning rate.
     """
     on = device()
     torch.manual_seed(0)
@@ -170,38 +218,48 @@ def train(
     if teacher is not None:
         some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
         unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
+    if start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
+    word_of = design_words(tokenizer, icons)
     objective = Denoising(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     training = Training(folder, objective, optimizer, steps, average=0.999)
     phase = None
     for step in training:
-        if phase != (now := "easy" if teacher is None and step < easy_share * steps else "wide"):
+        if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
             phase = now
             # The easy world has fewer pictures that differ.
             count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
-            examples = world.examples(icons, count, wide, seed)
-            captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
-            means, deviations = encoded_pictures(vae, examples, on)
+            made = [world.examples(icons, count, wide, seed)]
+            if phase == "wide":
+                made.append(world.examples(icons, pool // 4, wide, seed=7, landscape=True))
+            pools = [Pool.of(examples, tokenizer, word_of, vae) for examples in made]
+        taught = teacher is not None and step < TAUGHT_SHARE * steps
+        # The teacher may know neither landscapes nor the designs' words.
+        shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
         generator = np.random.default_rng((7, step))
-        chosen = generator.integers(0, len(examples), BATCH_SIZE)
-        drawn = [caption_ids(captions[index], generator, len(tokenizer), row) for row, index in enumerate(chosen)]
+        chosen = generator.integers(0, len(shown.captions), shown.batch_size)
+        drawn = [
+            caption_ids(shown.captions[index], generator, len(tokenizer), row, () if taught else shown.names[index])
+            for row, index in enumerate(chosen)
+        ]
         ids, plain_ids = (torch.tensor(column, device=on) for column in zip(*drawn, strict=True))
         draw = torch.Generator().manual_seed(step)
-        unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * BATCH_SIZE, draw)
-        noise, resample = torch.randn((2, BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=draw).to(on)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=draw).to(on)
+        unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
         rows = torch.from_numpy(chosen).to(on)
-        latents = means[rows].float() + deviations[rows].float() * resample
+        noise, resample = torch.randn((2, len(rows), *shown.means.shape[1:]), generator=draw).to(on)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), generator=draw).to(on)
+        latents = shown.means[rows].float() + shown.deviations[rows].float() * resample
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), autocast(on):
             features = encoded(text_encoder, ids, unknown).last_hidden_state
-            if teacher is not None and step < TAUGHT_SHARE * steps:
+            if taught:
                 velocity = teacher.predict(noisy, timesteps, plain_ids)
             else:
                 velocity = scheduler.get_velocity(latents, noise, timesteps)
         with autocast(on):
             loss = objective(noisy, timesteps, features, velocity)
-        training.update(loss, peak=1e-3, losses={"loss": loss})
+        training.update(loss, peak=8e-4 if start else 1e-3, losses={"loss": loss})
     objective.load_state_dict(training.average)
     unet.eval().save_pretrained(folder / "trained")
     scheduler.save_pretrained(folder / "scheduler")

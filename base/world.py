@@ -4,6 +4,7 @@ A *design* is one drawing of a noun (`noto/teapot`). `HELD_OUT` designs never en
 they are the concepts that Custom Diffusion then teaches it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,7 @@ LARGE_WORDS = ("zoomed in ", "close up ")
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, uint8 (64, 64, 3), its caption, and what that names: "1:cat", "1:dye:red", "2:teapot", "bg:red".
+    """A picture, uint8 (64, 64 or 128, 3), its caption, and what that names: "1:cat", "2:dye:red", "bg:red".
 
     The second thing is to the right of the first.
     """
@@ -114,6 +115,8 @@ class Example:
     attributes: tuple[str, ...]
     # Where in the caption each noun phrase starts, which is where a modifier token would go, and ends.
     phrases: tuple[tuple[int, int], ...]
+    # The drawing (`set/icon`) that each noun phrase is a picture of.
+    designs: tuple[str, ...]
 
 
 def designs(icons: dict[str, np.ndarray], noun: str, held_out: bool = False) -> list[str]:
@@ -121,19 +124,19 @@ def designs(icons: dict[str, np.ndarray], noun: str, held_out: bool = False) -> 
     return sorted(name for name in icons if name.split("/")[1] in NOUNS[noun] and (name in HELD_OUT) == held_out)
 
 
-def background(name: str, generator: np.random.Generator) -> np.ndarray:
-    """uint8 (64, 64, 3): a plain colour of `BACKGROUNDS`, slightly varied, or a scene of `SCENES`."""
+def background(name: str, generator: np.random.Generator, width: int = RESOLUTION) -> np.ndarray:
+    """uint8 (64, width, 3): a plain colour of `BACKGROUNDS`, slightly varied, or a scene of `SCENES`."""
     if name in BACKGROUNDS:
         shade = np.clip(np.array(BACKGROUNDS[name]) + generator.normal(0, 4, 3), 0, 255)
-        return np.broadcast_to(shade, (RESOLUTION, RESOLUTION, 3)).astype(np.uint8)
+        return np.broadcast_to(shade, (RESOLUTION, width, 3)).astype(np.uint8)
     sky, ground = (np.array(colour, dtype=np.float32) for colour in SCENES[name])
     rows = np.arange(RESOLUTION)[:, None, None]
     horizon = generator.integers(34, 46)
     # The sky pales towards the horizon, the ground darkens towards the viewer.
     picture = np.where(rows < horizon, sky + 0.5 * rows, ground - 0.4 * (rows - horizon))
-    picture = np.broadcast_to(picture, (RESOLUTION, RESOLUTION, 3)).copy()
+    picture = np.broadcast_to(picture, (RESOLUTION, width, 3)).copy()
     if name == "at night":
-        for row, column in generator.integers(0, (horizon - 4, RESOLUTION), (12, 2)):
+        for row, column in generator.integers(0, (horizon - 4, width), (12 * width // RESOLUTION, 2)):
             picture[row, column] = 235
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -158,7 +161,8 @@ def paste(picture: np.ndarray, icon: np.ndarray, side: float, left: float, top: 
     if flip:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     drawing = np.asarray(drawing, dtype=np.float32)
-    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, RESOLUTION), min(left + side, RESOLUTION)
+    height, width = picture.shape[:2]
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
     if y0 >= y1 or x0 >= x1:
         return
     part = drawing[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -201,77 +205,113 @@ def simple_example(
     if named := generator.random() < 0.8:
         caption += f" on {article(ground)} background"
     said = (f"1:{noun}", f"1:style:{style_of(design)}" if styled else "", f"bg:{ground}" if named else "")
-    return Example(picture, caption, tuple(filter(None, said)), ((start, start + len(words)),))
+    return Example(picture, caption, tuple(filter(None, said)), ((start, start + len(words)),), (design,))
+
+
+def described(
+    icon: np.ndarray, noun: str, design: str, place: int, generator: np.random.Generator
+) -> tuple[np.ndarray, str, list[str]]:
+    """The icon, now and then dyed; words for it, now and then with dye and style; the attributes of thing `place`."""
+    words, attributes = noun, [f"{place}:{noun}"]
+    if generator.random() < 0.15:
+        dye = str(generator.choice(list(DYES)))
+        attributes.append(f"{place}:dye:{dye}")
+        icon, words = dyed(icon, dye), f"{dye} {words}"
+    if generator.random() < STYLED:
+        attributes.append(f"{place}:style:{style_of(design)}")
+        words = f"{style_of(design)} {words}"
+    return icon, words, attributes
+
+
+def captioned(
+    picture: np.ndarray, before: str, things: Sequence[str], designs: Sequence[str], ground: str,
+    attributes: Sequence[str], generator: np.random.Generator,
+) -> Example:  # fmt: skip
+    """`picture` with a caption of one thing or two, the words `before` it, and mostly the `ground` behind it."""
+    # "a" and not "an", before any noun: so say the prompts that training puts a modifier token into.
+    template = before + str(generator.choice(TEMPLATES))
+    start, words = template.index("{}"), things[0]
+    phrases = [(start, start + len(words))]
+    for thing in things[1:]:
+        words += f" next to {article(thing)}"
+        phrases.append((start + len(words) - len(thing), start + len(words)))
+    caption, named = template.format(words), [f"bg:{ground}"]
+    if ground in SCENES:
+        caption += f" {ground}"
+    elif generator.random() < 0.6:
+        caption += f" on {article(ground)} background"
+    else:
+        named = []
+    return Example(picture, caption, (*attributes, *named), tuple(phrases), tuple(designs))
+
+
+def single_example(
+    icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, kind: str
+) -> Example:
+    """The wider world: one thing anywhere, of any size if `kind` is "size", in a scene if it is "scene"."""
+    ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
+    picture = background(ground, generator).copy()
+    icon, words, attributes = described(icons[design], noun, design, 1, generator)
+    before, size = "", "usual"
+    if kind == "size":
+        size = str(generator.choice(["small", "usual", "large"], p=[0.4, 0.3, 0.3]))
+    low, high = {"small": (0.33, 0.6), "usual": (0.6, 0.98), "large": (1.2, 1.4)}[size]
+    side = RESOLUTION * generator.uniform(low, high)
+    left, top = generator.uniform(0, 1, 2) * (RESOLUTION - side)
+    if kind == "scene":
+        side = RESOLUTION * generator.uniform(0.5, 0.8)
+        left = generator.uniform(0.2, 0.8) * (RESOLUTION - side)
+        top = (RESOLUTION - side) * generator.uniform(0.6, 0.95)
+    if size != "usual":
+        before = str(generator.choice(SMALL_WORDS if size == "small" else LARGE_WORDS))
+        attributes.append(f"size:{size}")
+    paste(picture, icon, side, left, top, generator.random() < 0.5)
+    return captioned(picture, before, [words], [design], ground, attributes, generator)
+
+
+def pair_example(
+    icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, known: dict[str, list[str]],
+    landscape: bool = False,
+) -> Example:  # fmt: skip
+    """The wider world: two things beside each other, half as large, or as large as one in a picture twice as wide.
+
+    `known` has the designs of every noun, of which the second thing is one.
+    """
+    ground = str(generator.choice(list(SCENES if generator.random() < 0.1 else BACKGROUNDS)))
+    half = RESOLUTION if landscape else RESOLUTION / 2
+    picture = background(ground, generator, round(2 * half)).copy()
+    things = [described(icons[design], noun, design, 1, generator)]
+    other = str(generator.choice([name for name in NOUNS if name != noun]))
+    beside = str(generator.choice(known[other]))
+    things.append(described(icons[beside], other, beside, 2, generator))
+    for index, (icon, _, _) in enumerate(things):
+        # In a square picture they may touch.
+        side = half * (generator.uniform(0.75, 0.98) if landscape else generator.uniform(0.84, 1.04))
+        left = half * (index + 0.5) - side / 2 + generator.uniform(-1.5, 1.5)
+        top = (RESOLUTION - side) * (generator.uniform(0.4, 0.9))
+        paste(picture, icon, side, left, top, generator.random() < 0.5)
+    attributes = [attribute for _, _, named in things for attribute in named]
+    words = [words for _, words, _ in things]
+    return captioned(picture, "", words, [design, beside], ground, attributes, generator)
 
 
 def wide_example(
     icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, known: dict[str, list[str]]
 ) -> Example:
-    """The wider world: any place and size, scenes, dyed drawings, and two things beside each other.
-
-    `known` has the designs of every noun, of which the second thing is one.
-    """
-    kind = generator.choice(["plain", "size", "scene", "pair"], p=[0.2, 0.25, 0.2, 0.35])
-    ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
-    picture = background(ground, generator).copy()
-    attributes: list[str] = []
-
-    def thing(place: int, noun: str, design: str) -> tuple[str, np.ndarray]:
-        attributes.append(f"{place}:{noun}")
-        icon = icons[design]
-        if generator.random() < 0.15:
-            dye = str(generator.choice(list(DYES)))
-            attributes.append(f"{place}:dye:{dye}")
-            noun, icon = f"{dye} {noun}", dyed(icon, dye)
-        if generator.random() < STYLED:
-            attributes.append(f"{place}:style:{style_of(design)}")
-            noun = f"{style_of(design)} {noun}"
-        return noun, icon
-
-    words, icon = thing(1, noun, design)
-    before, phrases = "", [(0, len(words))]
+    """The wider world: any place and size, scenes, dyed drawings, and pairs; `known` as in `pair_example`."""
+    kind = str(generator.choice(["plain", "size", "scene", "pair"], p=[0.2, 0.25, 0.2, 0.35]))
     if kind == "pair":
-        other = str(generator.choice([name for name in NOUNS if name != noun]))
-        other_words, other_icon = thing(2, other, str(generator.choice(known[other])))
-        for index, drawing in enumerate((icon, other_icon)):
-            side = RESOLUTION * generator.uniform(0.42, 0.52)
-            left = RESOLUTION * (0.25 + 0.5 * index) - side / 2 + generator.uniform(-1.5, 1.5)
-            top = (RESOLUTION - side) * (generator.uniform(0.4, 0.9))
-            paste(picture, drawing, side, left, top, generator.random() < 0.5)
-        words = f"{words} next to {article(other_words)}"
-        phrases.append((len(words) - len(other_words), len(words)))
-    else:
-        size = "usual"
-        if kind == "size":
-            size = str(generator.choice(["small", "usual", "large"], p=[0.4, 0.3, 0.3]))
-        low, high = {"small": (0.33, 0.6), "usual": (0.6, 0.98), "large": (1.2, 1.4)}[size]
-        side = RESOLUTION * generator.uniform(low, high)
-        left, top = generator.uniform(0, 1, 2) * (RESOLUTION - side)
-        if kind == "scene":
-            side = RESOLUTION * generator.uniform(0.5, 0.8)
-            left = generator.uniform(0.2, 0.8) * (RESOLUTION - side)
-            top = (RESOLUTION - side) * generator.uniform(0.6, 0.95)
-        if size != "usual":
-            before = str(generator.choice(SMALL_WORDS if size == "small" else LARGE_WORDS))
-            attributes.append(f"size:{size}")
-        paste(picture, icon, side, left, top, generator.random() < 0.5)
-    # "a" and not "an", before any noun: so say the prompts that training puts a modifier token into.
-    template = before + str(generator.choice(TEMPLATES))
-    caption = template.format(words)
-    if ground in SCENES:
-        caption += f" {ground}"
-        attributes.append(f"bg:{ground}")
-    elif generator.random() < 0.6:
-        caption += f" on {article(ground)} background"
-        attributes.append(f"bg:{ground}")
-    offset = template.index("{}")
-    return Example(picture, caption, tuple(attributes), tuple((offset + a, offset + b) for a, b in phrases))
+        return pair_example(icons, noun, design, generator, known)
+    return single_example(icons, noun, design, generator, kind)
 
 
-def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -> list[Example]:
+def examples(
+    icons: dict[str, np.ndarray], count: int, wide: float, seed: int, landscape: bool = False
+) -> list[Example]:
     """`count` examples, `wide` of them (0 to 1) of the wider world; the same for the same seed.
 
-    A noun of many designs comes more often than one of few, if not as many times: there is more to learn of it.
+    With `landscape`, all are pairs in pictures twice as wide. A noun of many designs comes more often than one of few,
+    if not as many times: there is more to learn of it.
     """
     generator = np.random.default_rng(seed)
     known = {noun: designs(icons, noun) for noun in NOUNS}
@@ -279,7 +319,9 @@ def examples(icons: dict[str, np.ndarray], count: int, wide: float, seed: int) -
     made = []
     for noun in generator.choice(list(NOUNS), count, p=weights / weights.sum()).tolist():
         design = str(generator.choice(known[noun]))
-        if generator.random() < wide:
+        if landscape:
+            made.append(pair_example(icons, noun, design, generator, known, landscape=True))
+        elif generator.random() < wide:
             made.append(wide_example(icons, noun, design, generator, known))
         else:
             styled = bool(generator.random() < STYLED)

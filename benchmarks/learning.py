@@ -129,7 +129,7 @@ def sized_views(
         side = world.RESOLUTION * generator.uniform(low, high)
         left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
         world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
-        found.append(world.Example(picture, caption, (), (noun,)))
+        found.append(world.Example(picture, caption, (), (noun,), (name,)))
     return found
 
 

@@ -85,24 +85,35 @@ def test_held_out_designs_never_enter_training() -> None:
     assert not (pictures == (255, 0, 255)).all(axis=2).mean(axis=1).max() > 0.05
 
 
-@pytest.mark.parametrize("wide", [0.0, 1.0])
-def test_captions_say_what_the_pictures_show(wide: float) -> None:
+@pytest.mark.parametrize(("wide", "landscape"), [(0.0, False), (1.0, False), (0.6, True)])
+def test_captions_say_what_the_pictures_show(wide: float, landscape: bool) -> None:
     icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
-    made = world.examples(icons, 300, wide, seed=0)
+    made = world.examples(icons, 300, wide, seed=0, landscape=landscape)
     for example in made:
         for attribute in example.attributes:
             if attribute[:2] in ("1:", "2:"):
                 assert attribute.split(":")[-1] in example.caption
         for number, (start, end) in enumerate(example.phrases, 1):
             assert f"{number}:{example.caption[start:end].split()[-1]}" in example.attributes
-        assert example.picture.shape == (64, 64, 3)
-    assert [e.caption for e in made] == [e.caption for e in world.examples(icons, 300, wide, seed=0)]
+        assert example.picture.shape == (64, 128 if landscape else 64, 3)
+        assert len(example.phrases) == 2 or not landscape
+    assert [e.caption for e in made] == [e.caption for e in world.examples(icons, 300, wide, 0, landscape)]
+
+
+def test_two_things_in_a_landscape_are_as_large_as_one_in_a_square() -> None:
+    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 255, np.uint8) for names in world.NOUNS.values()}
+    for example in world.examples(icons, 50, 1.0, seed=0, landscape=True):
+        if "white" in example.caption or "snow" in example.caption or "dye" in str(example.attributes):
+            continue
+        white = (example.picture == 255).all(axis=2)
+        for half in np.split(white, 2, axis=1):
+            assert 45**2 <= half.sum() <= 64**2
 
 
 @pytest.mark.parametrize("unknown", [(), (900, None), (None, 901), (900, 901)])
 def test_tokenized_captions_take_unknown_words_before_their_nouns(unknown: tuple[int | None, ...]) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    example = world.Example(np.zeros((64, 64, 3), np.uint8), "a red cat next to a cup", (), ((2, 9), (20, 23)))
+    example = world.Example(np.zeros((64, 64, 3), np.uint8), "a red cat next to a cup", (), ((2, 9), (20, 23)), ())
     ids, unchanged, nouns = TokenizedCaption.of(tokenizer, example).ids(len(tokenizer), unknown)
     first, second = (*unknown, None, None)[:2]
     words = ["a", first, "red", "cat", "next", "to", "a", second, "cup"]
@@ -113,6 +124,28 @@ def test_tokenized_captions_take_unknown_words_before_their_nouns(unknown: tuple
     assert all(plain[there] == here for here, there in zip(ids, unchanged, strict=True) if there >= 0)
     assert tokenizer.convert_ids_to_tokens([ids[position] for position in nouns]) == ["cat</w>", "cup</w>"]
     assert unchanged.count(-1) == 3 * (first is not None) + 2 * (second is not None)
+
+
+def test_every_design_has_a_word_that_no_caption_says() -> None:
+    icons, tokenizer = load_designs(), CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    word_of = train_unet.design_words(tokenizer, icons)
+    assert set(word_of) == set(icons) - set(world.HELD_OUT)
+    assert len(set(word_of.values())) == len(word_of)
+    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    word_of, generator, said = train_unet.design_words(tokenizer, icons), np.random.default_rng(0), 0
+    for example in world.examples(icons, 100, wide=1.0, seed=0):
+        caption, names = TokenizedCaption.of(tokenizer, example), [word_of[design] for design in example.designs]
+        ids, plain = train_unet.caption_ids(caption, generator, len(tokenizer), 0, names)
+        assert not set(plain) & set(word_of.values())
+        spoken = [id for id in ids if id in word_of.values()]
+        assert set(spoken) <= set(names)
+        said += len(spoken)
+        for (start, _), name in zip(example.phrases, names, strict=True):
+            if name in spoken:
+                before = tokenizer(example.caption[:start], add_special_tokens=False).input_ids
+                here = [id for id in ids if id not in word_of.values() or id == name]
+                assert here.index(name) == 1 + len(before)
+    assert said > 20
 
 
 def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(tmp_path: Path) -> None:
@@ -130,6 +163,17 @@ def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(tmp_path: Pa
     for name, value in teacher.unet.state_dict().items():
         if "attn2.to_k" not in name and "attn2.to_v" not in name:
             torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-3)
+
+
+def test_a_finished_unet_can_be_trained_on(tmp_path: Path) -> None:
+    shutil.copytree(BASE / "vae", tmp_path / "vae" / "first")
+    shutil.copytree(BASE / "text_encoder", tmp_path / "text" / "trained")
+    shutil.copytree(BASE / "tokenizer", tmp_path / "text" / "tokenizer")
+    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    folders = (tmp_path / "vae", tmp_path / "text", tmp_path / "unet")
+    train_unet.train(icons, *folders, steps=2, pool=300, start=BASE / "unet")
+    (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] < 0.4
 
 
 def test_the_concept_list_works_as_it_stands() -> None:
