@@ -3,7 +3,7 @@
 Or first towards what a finished model's UNet predicts, whose text encoder may be another: an hour instead of several.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -159,7 +159,7 @@ class Teacher:
         return {k: v @ change if "attn2.to_k" in k or "attn2.to_v" in k else v for k, v in weights.items()}
 
 
-def design_words(tokenizer: CLIPTokenizer, icons: Iterable[str]) -> dict[str, int]:
+def design_words(tokenizer: CLIPTokenizer, icons: dict[str, np.ndarray]) -> dict[str, int]:
     """For each of `icons` (`set/icon`) that training shows, an entry of the vocabulary that stands for it.
 
     These are pieces of words in which no caption is written, and from which no new word starts.
@@ -169,8 +169,7 @@ def design_words(tokenizer: CLIPTokenizer, icons: Iterable[str]) -> dict[str, in
     taken |= set(tokenizer.convert_tokens_to_ids([*RARE_ENTRIES]))
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     spare = [id for entry, id in vocabulary if id >= LETTERS and not entry.endswith("</w>") and id not in taken]
-    drawings = {drawing for names in world.NOUNS.values() for drawing in names}
-    designs = sorted(name for name in icons if name.split("/")[1] in drawings and name not in world.HELD_OUT)
+    designs = sorted({name for noun in world.NOUNS for name in world.designs(icons, noun)})
     return dict(zip(designs, spare[-len(designs) :], strict=True))
 
 

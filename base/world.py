@@ -310,8 +310,8 @@ def examples(
 ) -> list[Example]:
     """`count` examples, `wide` of them (0 to 1) of the wider world; the same for the same seed.
 
-    With `landscape`, all are pairs in pictures twice as wide. A noun of many designs comes more often than one of few,
-    if not as many times: there is more to learn of it.
+    With `landscape`, all are pairs in pictures twice as wide, whatever `wide` is. A noun of many designs comes more
+    often than one of few, if not as many times: there is more to learn of it.
     """
     generator = np.random.default_rng(seed)
     known = {noun: designs(icons, noun) for noun in NOUNS}

@@ -22,6 +22,11 @@ from tests.conftest import ROOT, run_script
 BASE = ROOT / "base"
 
 
+def one_design_each(value: int) -> dict[str, np.ndarray]:
+    """A drawing of every noun: squares whose channels, RGBA, are all `value`."""
+    return {f"fxemoji/{names[0]}": np.full((80, 80, 4), value, np.uint8) for names in world.NOUNS.values()}
+
+
 def test_it_is_small() -> None:
     sizes = [path.stat().st_size for path in BASE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(sizes) <= 25_000_000
@@ -87,7 +92,7 @@ def test_held_out_designs_never_enter_training() -> None:
 
 @pytest.mark.parametrize(("wide", "landscape"), [(0.0, False), (1.0, False), (0.6, True)])
 def test_captions_say_what_the_pictures_show(wide: float, landscape: bool) -> None:
-    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    icons = one_design_each(128)
     made = world.examples(icons, 300, wide, seed=0, landscape=landscape)
     for example in made:
         for attribute in example.attributes:
@@ -101,7 +106,7 @@ def test_captions_say_what_the_pictures_show(wide: float, landscape: bool) -> No
 
 
 def test_two_things_in_a_landscape_are_as_large_as_one_in_a_square() -> None:
-    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 255, np.uint8) for names in world.NOUNS.values()}
+    icons = one_design_each(255)
     for example in world.examples(icons, 50, 1.0, seed=0, landscape=True):
         if "white" in example.caption or "snow" in example.caption or "dye" in str(example.attributes):
             continue
@@ -131,7 +136,7 @@ def test_every_design_has_a_word_that_no_caption_says() -> None:
     word_of = train_unet.design_words(tokenizer, icons)
     assert set(word_of) == set(icons) - set(world.HELD_OUT)
     assert len(set(word_of.values())) == len(word_of)
-    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    icons = one_design_each(128)
     word_of, generator, said = train_unet.design_words(tokenizer, icons), np.random.default_rng(0), 0
     for example in world.examples(icons, 100, wide=1.0, seed=0):
         caption, names = TokenizedCaption.of(tokenizer, example), [word_of[design] for design in example.designs]
@@ -148,14 +153,20 @@ def test_every_design_has_a_word_that_no_caption_says() -> None:
     assert said > 20
 
 
-def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(tmp_path: Path) -> None:
+@pytest.fixture
+def finished_parts(tmp_path: Path) -> tuple[Path, Path]:
+    """The folders in which training a UNet finds VAE and text encoder, with those of the shipped model."""
     shutil.copytree(BASE / "vae", tmp_path / "vae" / "first")
     shutil.copytree(BASE / "text_encoder", tmp_path / "text" / "trained")
     shutil.copytree(BASE / "tokenizer", tmp_path / "text" / "tokenizer")
-    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
+    return tmp_path / "vae", tmp_path / "text"
+
+
+def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(
+    finished_parts: tuple[Path, Path], tmp_path: Path
+) -> None:
     teacher = train_unet.Teacher.of(BASE, torch.device("cpu"))
-    folders = (tmp_path / "vae", tmp_path / "text", tmp_path / "unet")
-    train_unet.train(icons, *folders, steps=2, pool=300, teacher=teacher)
+    train_unet.train(one_design_each(128), *finished_parts, tmp_path / "unet", steps=2, pool=300, teacher=teacher)
     (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
     # A new UNet would start at about 1.
     assert json.loads(line)["loss"] < 0.4
@@ -165,13 +176,8 @@ def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(tmp_path: Pa
             torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-3)
 
 
-def test_a_finished_unet_can_be_trained_on(tmp_path: Path) -> None:
-    shutil.copytree(BASE / "vae", tmp_path / "vae" / "first")
-    shutil.copytree(BASE / "text_encoder", tmp_path / "text" / "trained")
-    shutil.copytree(BASE / "tokenizer", tmp_path / "text" / "tokenizer")
-    icons = {f"fxemoji/{names[0]}": np.full((80, 80, 4), 128, np.uint8) for names in world.NOUNS.values()}
-    folders = (tmp_path / "vae", tmp_path / "text", tmp_path / "unet")
-    train_unet.train(icons, *folders, steps=2, pool=300, start=BASE / "unet")
+def test_a_finished_unet_can_be_trained_on(finished_parts: tuple[Path, Path], tmp_path: Path) -> None:
+    train_unet.train(one_design_each(128), *finished_parts, tmp_path / "unet", steps=2, pool=300, start=BASE / "unet")
     (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] < 0.4
 
