@@ -104,7 +104,15 @@ def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
         # Only up to this step: later ones are of an earlier, longer run in the same folder.
         own = [older for older in list_checkpoints(path.parent) if checkpoint_step(older) <= checkpoint_step(path)]
         for older in own[:-limit]:
-            shutil.rmtree(older)
+            remove_checkpoint(older)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that at no moment half of one has its name."""
+    half = path.with_name(f".{path.name}.tmp")  # what a later run clears away
+    shutil.rmtree(half, ignore_errors=True)
+    path.rename(half)
+    shutil.rmtree(half)
 
 
 def last_checkpoint(output_dir: Path) -> str:
@@ -198,7 +206,7 @@ def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | 
         check_settings(settings, checkpoint / "training_state" / SETTINGS_NAME, advice)
     elif overwrite:
         for path in list_checkpoints(folder):
-            shutil.rmtree(path)
+            remove_checkpoint(path)
     else:
         advice = "give another --output_dir, or --overwrite"
         check_settings(settings, folder / SETTINGS_NAME, advice)

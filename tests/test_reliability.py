@@ -189,6 +189,22 @@ def test_kills_while_something_is_written(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was encoded before the kill is used"
 
 
+def test_a_kill_while_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-2"
+    path.mkdir()
+    for number in range(5000):
+        (path / str(number)).touch()
+    process = FORKS.Process(target=checkpoints.remove_checkpoint, args=(path,))
+    process.start()
+    while path.exists() and len(list(path.iterdir())) == 5000 and process.exitcode is None:
+        pass
+    process.kill()
+    process.join()
+    assert not path.exists(), "what has a checkpoint's name is whole"
+    checkpoints.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_moved_aside_comes_back(base_model: Path, work: Path) -> None:
     folder = work / "aside"
     finish(command(base_model, folder, max_train_steps=4), work / "aside.log")
