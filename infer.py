@@ -124,12 +124,25 @@ def warn_of_missing_tokens(prompts: Sequence[str], concepts: Sequence[Concept]) 
             print(f"warning: {prompt!r} has none of the learned tokens ({', '.join(tokens)})", file=sys.stderr)
 
 
+def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """Height and width in pixels; where one alone is given, the other is the base model's.
+
+    diffusers takes its own for both then, and says nothing.
+    """
+    if (height is None) == (width is None):
+        return height, width
+    size = pipeline.unet.config.sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return height or rows * pipeline.vae_scale_factor, width or columns * pipeline.vae_scale_factor
+
+
 def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list[Path]]:
     """Make and write all pictures; gives the paths, one list per prompt."""
     folder = Path(args.output_dir)
     jobs = [(row, number) for row in range(len(args.prompt)) for number in range(args.num_images)]
     first = _first_free_number(folder)
     paths: list[list[Path]] = [[] for _ in args.prompt]
+    height, width = picture_size(pipeline, args.height, args.width)
     pipeline.set_progress_bar_config(leave=False, desc="denoising")
     with tqdm(total=len(jobs), unit="picture") as progress:
         for start in range(0, len(jobs), args.batch_size):
@@ -141,8 +154,8 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 eta=args.eta,
-                height=args.height,
-                width=args.width,
+                height=height,
+                width=width,
                 # A generator of its own for every picture, on the CPU: the same picture in any batch, on any device.
                 generator=[torch.Generator().manual_seed(args.seed + number) for _, number in batch],
             ).images

@@ -91,6 +91,15 @@ def test_prompts_of_a_file_and_of_a_checkpoint(trained: Path, tmp_path: Path) ->
     assert [pixels(path).shape for path in pictures_of(tmp_path / "out")] == [(32, 64, 3)] * 2
 
 
+@pytest.mark.parametrize(("side", "shape"), [("--width", (64, 128, 3)), ("--height", (128, 64, 3))])
+def test_a_side_that_is_not_given_is_the_base_models(
+    side: str, shape: tuple[int, ...], trained: Path, tmp_path: Path
+) -> None:
+    argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
+    infer.main([*argv, side, "128"])
+    assert [pixels(path).shape for path in pictures_of(tmp_path)] == [shape]
+
+
 @pytest.mark.parametrize("name", infer.SCHEDULERS)
 def test_every_scheduler(name: str, trained: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
