@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -47,14 +46,17 @@ def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
     are the same to the bit whenever it is encoded, and it is no slower (benchmarks/README.md).
 
     Args:
-        pixel_values: (N, 3, H, W) in [-1, 1], on the VAE's device.
+        pixel_values: (N, 3, H, W) in [-1, 1], on the VAE's device. Where W is a multiple of H, these are squares
+            beside each other, and none of them is seen in the posterior of another.
 
     Returns:
         Mean and standard deviation of the posterior, (N, 2, C, h, w) in the VAE's type.
     """
-    batches = pixel_values.split(1) if pixel_values.device.type == "cpu" else [pixel_values]
+    squares = torch.cat(pixel_values.split(pixel_values.shape[2], dim=3))
+    batches = squares.split(1) if squares.device.type == "cpu" else [squares]
     posteriors = [vae.encode(batch.to(vae.dtype)).latent_dist for batch in batches]
-    return torch.cat([torch.stack([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+    encoded = torch.cat([torch.stack([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+    return torch.cat(encoded.split(len(pixel_values)), dim=-1)
 
 
 def sample_latents(posterior: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
@@ -185,15 +187,11 @@ def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: Autoenco
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def parts(view: View | None) -> list[Any]:
-        if view is None:
-            return []
-        return [digest_of(view.path), view.flip, view.scale, view.top, view.left, *parts(view.beside)]
-
     def name(view: View) -> str:
-        smaller = view.scale is not None and view.scale < dataset.size and view.beside is None
+        parts = [*shared, digest_of(view.path), view.flip, view.scale, view.top, view.left]
+        smaller = view.scale is not None and view.scale < dataset.size
         canvas = [dataset.padding_mode] if smaller and dataset.padding_mode != "constant" else []
-        return hashlib.sha256(json.dumps([*shared, *parts(view), *canvas]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, *canvas]).encode()).hexdigest()
 
     return {view: name(view) for view in views}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import logging
 import math
@@ -310,7 +309,6 @@ class View:
         scale: side in pixels of an instance picture's centre square; None for a class image, which is cropped to a
             square of its shorter side and fills the canvas.
         top, left: where it lies on the canvas, or is cropped, in parts of the room that there is: at least 0, below 1.
-        beside: an instance picture to the right of this one; each then has half of the canvas.
     """
 
     path: Path
@@ -318,16 +316,20 @@ class View:
     scale: int | None
     top: float
     left: float
-    beside: View | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What an item of the stream is made of; the class image is None without prior preservation."""
+    """What an item of the stream is made of.
 
-    instance: View
+    Attributes:
+        instance: one view, or two that are beside each other, the left one first.
+        class_image: alike; empty without prior preservation.
+    """
+
+    instance: tuple[View, ...]
     instance_prompt: str
-    class_image: View | None
+    class_image: tuple[View, ...]
     class_prompt: str
     noise_seed: int
 
@@ -351,9 +353,11 @@ class CustomDiffusionDataset(Dataset):
         seed: seed of the order and of every sample.
         variants: how many augmentations of each instance picture there are to draw from; a class image then has one
             random crop, and another when it is mirrored. None: no two samples are alike.
-        cutmix_probability: share of the samples whose instance picture has one of another concept beside it, and a
-            prompt that names both (after the Cut-Mix of SVDiff, Han et al. 2023, which crops what is scaled here).
-            Concepts are told apart by their folders.
+        cutmix_probability: share of the steps that show two concepts, or class images of two, beside each other, with
+            a prompt that names both (after the Cut-Mix of SVDiff, Han et al. 2023). There both are cropped into one
+            square; here they stay whole, in a picture twice as wide. Concepts are told apart by their folders.
+        samples_per_step: how many samples, of all processes, make a step: they are all pairs or none, so that a batch
+            has one shape.
         padding_mode: what surrounds a picture that the augmentation made smaller: "constant", grey, which the mask
             leaves out; or "edge", its outermost pixels continued, which the mask takes in.
 
@@ -376,6 +380,7 @@ class CustomDiffusionDataset(Dataset):
         seed: int = 42,
         variants: int | None = None,
         cutmix_probability: float = 0.0,
+        samples_per_step: int = 1,
         padding_mode: str = "constant",
     ) -> None:
         self.tokenizer = tokenizer
@@ -387,9 +392,12 @@ class CustomDiffusionDataset(Dataset):
         self.seed = seed
         self.variants = variants
         self.cutmix_probability = cutmix_probability
+        self.samples_per_step = samples_per_step
         self.padding_mode = padding_mode
         self.instance_images = instance_images
         self.class_images = class_images
+        self._instances_elsewhere = numbers_elsewhere(instance_images)
+        self._class_images_elsewhere = numbers_elsewhere(class_images)
         self.posteriors: dict[View, Tensor] = {}
         self.text_features: dict[str, dict[str, Tensor]] = {}
         self._order_of: tuple[int, np.ndarray] | None = None
@@ -410,52 +418,63 @@ class CustomDiffusionDataset(Dataset):
         index = int(self._order(epoch)[sample])
         random = np.random.default_rng((self.seed, epoch, index))
         noise_seed = int(random.integers(2**63))
+        if self._shows_pair(position):
+            return self._draw_pair(index, random, noise_seed)
         # The class image first: it is then the same with and without variants, where it has but one crop.
-        class_image, class_prompt = None, ""
+        class_image, class_prompt = (), ""
         if self.class_images:
             number = index % len(self.class_images)
-            path, class_prompt = self.class_images[number]
-            flip, place = random.random() < self.flip_probability, random.random(2)
-            if self.variants is not None:
-                place = np.random.default_rng((self.seed, number, flip, 2)).random(2)
-            top, left = (0.5, 0.5) if self.center_crop else map(float, place)
-            class_image = View(path, flip, None, top, left)
+            class_image, class_prompt = (self._draw_class_image(number, random),), self.class_images[number][1]
         number = index % len(self.instance_images)
         if self._has_variants():
-            random = self._random_of(number, int(random.integers(self.variants)))
+            random = np.random.default_rng((self.seed, number, int(random.integers(self.variants)), 1))
         instance, prompt = self._draw_instance(number, random)
-        return Sample(instance, prompt, class_image, class_prompt, noise_seed)
+        return Sample((instance,), prompt, class_image, class_prompt, noise_seed)
 
     def _has_variants(self) -> bool:
         """Whether there is so much to draw for an instance picture that it is drawn from a limited number."""
-        return self.variants is not None and (self.aug or self.cutmix_probability > 0)
+        return self.variants is not None and self.aug
 
-    def _random_of(self, number: int, variant: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, number, variant, 1))
+    def _shows_pair(self, position: int) -> bool:
+        if not self.cutmix_probability:
+            return False
+        # Not from the sample's own numbers: the samples of a step decide alike, and without pairs nothing changes.
+        step = position // self.samples_per_step
+        return bool(np.random.default_rng((self.seed, step, 3)).random() < self.cutmix_probability)
 
     def _draw_instance(self, number: int, random: np.random.Generator) -> tuple[View, str]:
         path, prompt = self.instance_images[number]
-        # Nothing is drawn where there is nothing to decide: the stream is then what it was before there was cutmix.
-        if self.cutmix_probability and random.random() < self.cutmix_probability:
-            others = [pair for pair in self.instance_images if pair[0].parent != path.parent]
-            if others:
-                return self._draw_beside((path, prompt), others[int(random.integers(len(others)))], random)
         flip = random.random() < self.flip_probability
         scale, words = self._draw_scale(random)
         # Where there is no room, there is but one view of the picture.
         top, left = (0.0, 0.0) if scale == self.size else map(float, random.random(2))
         return View(path, flip, scale, top, left), words + prompt
 
-    def _draw_beside(
-        self, one: tuple[Path, str], other: tuple[Path, str], random: np.random.Generator
-    ) -> tuple[View, str]:
-        left, right = (one, other) if random.random() < 0.5 else (other, one)
-        flips = random.random(2) < self.flip_probability
-        # Around the middle and below it, as things stand beside each other.
-        tops = 0.4 + 0.4 * random.random(2)
-        beside = View(right[0], bool(flips[1]), self.size // 2, float(tops[1]), 0.0)
-        view = View(left[0], bool(flips[0]), self.size // 2, float(tops[0]), 0.0, beside)
-        return view, side_by_side(left[1], right[1])
+    def _draw_whole_instance(self, number: int, random: np.random.Generator) -> View:
+        return View(self.instance_images[number][0], random.random() < self.flip_probability, self.size, 0.0, 0.0)
+
+    def _draw_class_image(self, number: int, random: np.random.Generator) -> View:
+        flip, place = random.random() < self.flip_probability, random.random(2)
+        if self.variants is not None:
+            place = np.random.default_rng((self.seed, number, flip, 2)).random(2)
+        top, left = (0.5, 0.5) if self.center_crop else map(float, place)
+        return View(self.class_images[number][0], flip, None, top, left)
+
+    def _draw_pair(self, index: int, random: np.random.Generator, noise_seed: int) -> Sample:
+        drawn: list[Any] = []
+        for images, elsewhere, draw_view in (
+            (self.instance_images, self._instances_elsewhere, self._draw_whole_instance),
+            (self.class_images, self._class_images_elsewhere, self._draw_class_image),
+        ):
+            if not images:
+                drawn += [(), ""]
+                continue
+            one = index % len(images)
+            others = elsewhere[images[one][0].parent]
+            pair = random.permutation([one, others[int(random.integers(len(others)))]]).tolist()
+            drawn += [tuple(draw_view(number, random) for number in pair)]
+            drawn += [side_by_side(*(images[number][1] for number in pair))]
+        return Sample(*drawn, noise_seed)
 
     def _draw_scale(self, random: np.random.Generator) -> tuple[int, str]:
         """Side of the picture in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
@@ -482,10 +501,9 @@ class CustomDiffusionDataset(Dataset):
         most = self._most_views()
         for position in positions:
             sample = self.draw(position)
-            views.setdefault(sample.instance)
+            views |= dict.fromkeys((*sample.instance, *sample.class_image))
             prompts["instance"].setdefault(sample.instance_prompt)
-            if sample.class_image is not None:
-                views.setdefault(sample.class_image)
+            if sample.class_image:
                 prompts["class"].setdefault(sample.class_prompt)
             # A long run need not be walked through: after a while it shows nothing new.
             if len(views) == most:
@@ -494,17 +512,12 @@ class CustomDiffusionDataset(Dataset):
 
     def _most_views(self) -> float:
         """How many views there can be, with all that prompts say about them."""
+        if self.cutmix_probability:
+            return math.inf  # prompts of pairs go on being new when no view is
         flips = 2 if self.flip_probability else 1
         class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
-        if not self._has_variants():
-            instance = len(self.instance_images) * (math.inf if self.aug or self.cutmix_probability else flips)
-        elif not self.cutmix_probability:
-            instance = len(self.instance_images) * self.variants
-        else:
-            # Without augmentation, single pictures among the variants are alike.
-            numbers = itertools.product(range(len(self.instance_images)), range(self.variants))
-            instance = len({self._draw_instance(number, self._random_of(number, v))[0] for number, v in numbers})
-        return instance + len(self.class_images) * class_image
+        instance = self.variants if self._has_variants() else math.inf if self.aug else flips
+        return len(self.instance_images) * instance + len(self.class_images) * class_image
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """One item of the stream.
@@ -516,21 +529,20 @@ class CustomDiffusionDataset(Dataset):
             ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
             Where the pictures are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
             ``class_posterior`` take the place of the images; where the captions are, ``instance_text`` and
-            ``class_text`` (model_max_length, text width) that of the ids.
+            ``class_text`` (model_max_length, text width) that of the ids. Two pictures beside each other are twice
+            as wide, and so are their masks and posteriors.
         """
         sample = self.draw(position)
         example: dict[str, Any] = {"noise_seed": sample.noise_seed}
-        for kind, view, prompt in (
+        for kind, views, prompt in (
             ("instance", sample.instance, sample.instance_prompt),
             ("class", sample.class_image, sample.class_prompt),
         ):
-            if view is None:
+            if not views:
                 continue
-            if self.posteriors:
-                example[f"{kind}_posterior"] = self.posteriors[view]
-            else:
-                example[f"{kind}_images"] = self.render(view)
-            example[f"{kind}_mask"] = self.mask(view)
+            name, show = ("posterior", self.posteriors.__getitem__) if self.posteriors else ("images", self.render)
+            example[f"{kind}_{name}"] = torch.cat([show(view) for view in views], dim=-1)
+            example[f"{kind}_mask"] = torch.cat([self.mask(view) for view in views], dim=-1)
             if kind in self.text_features:
                 example[f"{kind}_text"] = self.text_features[kind][prompt]
             else:
@@ -541,11 +553,8 @@ class CustomDiffusionDataset(Dataset):
         """The pixels of a view, (3, size, size) in [-1, 1].
 
         An instance picture's centre square is laid on a canvas, or cropped to the canvas. The example squashes the
-        whole picture into the square; the authors' code keeps its proportions, and so does this. Of two beside each
-        other, each fills the width of its half, and its edges are continued above and below it.
+        whole picture into the square; the authors' code keeps its proportions, and so does this.
         """
-        if view.beside is not None:
-            return torch.cat([self._half(view), self._half(view.beside)], dim=2)
         image = self._image(view)
         if view.scale is None:
             # Cropped before it is resized: a panorama would otherwise become gigabytes first.
@@ -568,26 +577,10 @@ class CustomDiffusionDataset(Dataset):
         image = self._last_image[1]
         return ImageOps.mirror(image) if view.flip else image
 
-    def _half(self, view: View) -> Tensor:
-        top = self._top_of_half(view)
-        pixels = _centre_square(self._image(view), view.scale)
-        return TF.pad(pixels, [0, top, 0, self.size - view.scale - top], padding_mode="edge")
-
-    def _top_of_half(self, view: View) -> int:
-        # On the grid of the latents, so that none of them sees only a part of the picture.
-        factor = self.size // self.mask_size
-        return _offset(view.top, (self.size - view.scale) // factor) * factor
-
     def mask(self, view: View) -> Tensor:
-        """Which latents count: (mask_size, mask_size), 1 inside the picture (or pictures) and 0 outside."""
+        """Which latents count: (mask_size, mask_size), 1 inside the picture and 0 outside."""
         factor = self.size // self.mask_size
         mask = torch.zeros(self.mask_size, self.mask_size)
-        if view.beside is not None:
-            side = max(1, view.scale // factor)
-            for part, columns in ((view, slice(0, side)), (view.beside, slice(-side, None))):
-                top = self._top_of_half(part) // factor
-                mask[top : top + side, columns] = 1.0
-            return mask
         if view.scale is None or view.scale >= self.size or self.padding_mode == "edge":
             return torch.ones(self.mask_size, self.mask_size)
         top, left = self._place(view)
@@ -609,6 +602,16 @@ class CustomDiffusionDataset(Dataset):
                 return_tensors="pt",
             ).input_ids[0]
         return self._ids_of[prompt]
+
+
+def numbers_elsewhere(images: Sequence[tuple[Path, str]]) -> dict[Path, list[int]]:
+    """For each folder, the numbers of the images in other folders; of all images where there is but one folder."""
+    folders = [path.parent for path, _ in images]
+    everywhere = list(range(len(folders)))
+    return {
+        folder: [number for number in everywhere if folders[number] != folder] or everywhere
+        for folder in dict.fromkeys(folders)
+    }
 
 
 def side_by_side(left: str, right: str) -> str:

@@ -153,8 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="Around pictures that this augmentation makes smaller: grey that the loss leaves out, as in the paper; or "
         "their edges continued and learned too, which teaches small views at small resolutions.")
     add("--cutmix_probability", type=float, default=0.0,
-        help="With several concepts, how often one is shown beside another ('... next to ...'), from 0 to 1, so that "
-        "both can be drawn in one picture; such as 0.2.")
+        help="With several concepts, share of the steps, from 0 to 1, that show one beside another ('... next to ...') "
+        "in pictures twice as wide, so that both can be drawn in one; such as 0.2. These steps take twice the memory.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
@@ -206,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Encode the pictures anew at every step, each time augmented anew, rather than once before the first.")
     add("--latent_variants", type=positive_int, default=20,
         help="How many augmentations of each instance picture there are to draw from, without --no_latent_cache; "
-        "with --noaug, and without --cutmix_probability, nothing is approximated.")
+        "with --noaug nothing is approximated.")
     add("--keep_latents", **is_on,
         help="Keep the encoded pictures in --output_dir/latents; a later run there encodes only what has changed.")
     add("--torch_compile", **is_on,
@@ -323,6 +323,7 @@ def build_dataset(args: argparse.Namespace, inputs: Inputs, accelerator: Acceler
         seed=args.seed,
         variants=None if args.no_latent_cache else args.latent_variants,
         cutmix_probability=args.cutmix_probability,
+        samples_per_step=args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
     )
 
@@ -901,8 +902,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
     first_step = 0 if inputs.checkpoint is None else checkpoint_step(inputs.checkpoint)
-    samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    positions = range(first_step * samples_per_step, total_steps * samples_per_step)
+    positions = range(first_step * dataset.samples_per_step, total_steps * dataset.samples_per_step)
     # Before the rest is loaded: the VAE has the memory to itself, and large batches are fast.
     vae = load_vae(inputs.base, accelerator)
     scaling_factor = vae.config.scaling_factor

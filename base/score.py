@@ -46,9 +46,14 @@ def peak_signal_to_noise(pictures: np.ndarray, others: np.ndarray) -> np.ndarray
 
 
 def generated(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 50, guidance: float = 4.0
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    steps: int = 50,
+    guidance: float = 4.0,
+    width: int = world.RESOLUTION,
 ) -> np.ndarray:
-    """uint8 (n, 64, 64, 3): a picture per prompt; picture i depends on `seed + i` alone."""
+    """uint8 (n, 64, width, 3): a picture per prompt; picture i depends on `seed + i` alone."""
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     for start in tqdm(range(0, len(prompts), 32), desc="Generating", mininterval=5):
@@ -56,7 +61,12 @@ def generated(
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
         pictures.append(
             pipeline(
-                part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np"
+                part,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="np",
             ).images
         )
     return (np.concatenate(pictures) * 255).round().astype(np.uint8)

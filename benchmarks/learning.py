@@ -7,7 +7,7 @@ teaches noto's cat, which the base model has never seen, and measures: the denoi
 saw, at fixed noise; which of all cat designs the pictures made by `<new1> cat` are nearest to; whether a background is
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
-its token and both come out in one picture. tests/test_learning.py holds these to bars.
+its token, and both come out beside each other in one picture twice as wide. tests/test_learning.py holds these to bars.
 """
 
 from __future__ import annotations
@@ -195,30 +195,19 @@ def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
     return groups
 
 
-def halved(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (n, 64, 64, 3) at half their size as halves of pictures (n, 64, 32, 3), their edges continued."""
-    small = np.stack([np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures])
-    return np.pad(small, ((0, 0), (16, 16), (0, 0), (0, 0)), "edge")
-
-
 class Judge:
     """Says which group of designs a picture is nearest to, by MobileNetV2 features, seen through the VAE."""
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str], half: bool = False
-    ) -> None:
-        """`half`: pictures will be halves of pictures with two things, so references are made that small."""
+    def __init__(self, pipeline: StableDiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str]) -> None:
+        """All groups of the designs of `nouns`, drawn and seen through the VAE of `pipeline`."""
         self.encoder = load_encoder()
         groups = [(noun, group, names) for noun in nouns for group, names in groups_of(icons, noun).items()]
         self.noun_of = {group: noun for noun, group, _ in groups}
         references = []
         for _, _, names in groups:
             examples = views(icons, "thing", names, each=-(-24 // len(names)), seed=90)
-            pictures = np.stack([example.picture for example in examples])
-            if half:
-                pictures = np.pad(halved(pictures), ((0, 0), (0, 0), (0, 32), (0, 0)), "edge")
-            pictures = reconstructed(pipeline.vae, pictures)
-            features = image_features(self.encoder, pictures[:, :, :32] if half else pictures)
+            pictures = reconstructed(pipeline.vae, np.stack([example.picture for example in examples]))
+            features = image_features(self.encoder, pictures)
             references.append(functional.normalize(features.mean(dim=0), dim=0))
         self.references = torch.stack(references)
 
@@ -272,11 +261,11 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
 def measure_two(folder: Path, seed: int, pictures: int = 24) -> dict[str, float]:
     """Shares of `pictures` per prompt of the two concepts in `folder` that show what they should."""
     learned, icons = with_concept(folder), load_designs()
-    halves = Judge(learned, icons, list(TOKENS), half=True)
+    judge = Judge(learned, icons, list(TOKENS))
     figures = {}
 
-    def made(prompt: str) -> np.ndarray:
-        return generated(learned, [prompt] * pictures, seed, guidance=6.0)
+    def made(prompt: str, width: int = world.RESOLUTION) -> np.ndarray:
+        return generated(learned, [prompt] * pictures, seed, guidance=6.0, width=width)
 
     for noun, token in TOKENS.items():
         alone = made(f"photo of a {token} {noun}")
@@ -284,9 +273,9 @@ def measure_two(folder: Path, seed: int, pictures: int = 24) -> dict[str, float]
     for left, right in (("cat", "plant"), ("plant", "cat")):
         for tokens in (TOKENS, None):
             first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
-            both = made(f"photo of a {first} next to a {second}")
-            nearest = list(zip(halves.nearest(both[:, :, :32]), halves.nearest(both[:, :, 32:]), strict=True))
-            nouns = [(halves.noun_of[one], halves.noun_of[other]) == (left, right) for one, other in nearest]
+            both = made(f"photo of a {first} next to a {second}", width=2 * world.RESOLUTION)
+            nearest = list(zip(*(judge.nearest(half) for half in np.split(both, 2, axis=2)), strict=True))
+            nouns = [(judge.noun_of[one], judge.noun_of[other]) == (left, right) for one, other in nearest]
             figures[f"{first} next to {second}: both nouns"] = statistics.fmean(nouns)
             taught = [pair == (CONCEPTS[left], CONCEPTS[right]) for pair in nearest]
             figures[f"{first} next to {second}: both as taught"] = statistics.fmean(taught)

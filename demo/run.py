@@ -60,19 +60,26 @@ def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
 
 
 def index(columns: list[tuple[str, list[list[Path]]]]) -> Image.Image:
-    """One picture of `columns`: a heading each, over groups of pictures, as many to a row as a prompt has."""
+    """One picture of `columns`: a heading each, over groups of pictures, as many to a row as a prompt has.
+
+    All pictures become `CELL` high; in a column they are equally wide.
+    """
     font = ImageFont.load_default(13)
-    widths = [max(len(row) for row in rows) * (CELL + GAP) + MARGIN for _, rows in columns]
+    cells = []
+    for _, rows in columns:
+        with Image.open(rows[0][0]) as picture:
+            cells.append((round(CELL * picture.width / picture.height), CELL))
+    widths = [max(map(len, rows)) * (wide + GAP) + MARGIN for (_, rows), (wide, _) in zip(columns, cells, strict=True)]
     height = max(len(rows) for _, rows in columns) * (CELL + GAP)
     sheet = Image.new("RGB", (sum(widths) + MARGIN, height + 2 * MARGIN + 20), "white")
     left = MARGIN
-    for (heading, rows), width in zip(columns, widths, strict=True):
+    for (heading, rows), cell, width in zip(columns, cells, widths, strict=True):
         ImageDraw.Draw(sheet).text((left, MARGIN), heading, "black", font)
         for i, row in enumerate(rows):
             for j, path in enumerate(row):
                 with Image.open(path) as picture:
-                    cell = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
-                sheet.paste(cell, (left + j * (CELL + GAP), MARGIN + 20 + i * (CELL + GAP)))
+                    shown = picture.convert("RGB").resize(cell, Image.Resampling.BICUBIC)
+                sheet.paste(shown, (left + j * (cell[0] + GAP), MARGIN + 20 + i * (CELL + GAP)))
         left += width
     return sheet
 
@@ -90,7 +97,8 @@ def main() -> None:
     run(TRAIN)
     known = infer("known", "photo of a cat", "photo of a plant", options="--scale=0 ")
     contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
-    (together,) = infer("together", TOGETHER)
+    # Two things have room beside each other in a picture twice as wide.
+    (together,) = infer("together", TOGETHER, options="--width=128 ")
     own = [sorted((ROOT / "examples" / noun).glob("*.png"))[:4] for noun in CONTEXTS]
     columns = [("your pictures", two_by_two(own)), ("what the model knew", two_by_two(known))]
     for number, heading in enumerate(("the concept", "on a colour", "in a scene")):

@@ -80,6 +80,35 @@ def test_without_augmentation_the_result_is_bit_equal(
     assert torch.equal(learned(tmp_path / "cached"), learned(tmp_path / "anew"))
 
 
+def two_concepts(folder: Path) -> dict[str, object]:
+    """Flags for two concepts whose pictures are in `instance` and `second` of the folder."""
+    draw_pictures(folder / "instance", 5)
+    draw_pictures(folder / "second", 3)
+    prompts = {"instance": "photo of a <new1> cat", "second": "photo of a <new2> dog"}
+    entries = [{"instance_prompt": prompt, "instance_data_dir": str(folder / name)} for name, prompt in prompts.items()]
+    for entry in entries:
+        noun = entry["instance_prompt"].split()[-1]
+        entry |= {"class_prompt": f"photo of a {noun}", "class_data_dir": str(draw_pictures(folder / noun, 4))}
+    (folder / "list.json").write_text(json.dumps(entries))
+    return {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "num_class_images": 4}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"with_prior_preservation": None},
+        {"with_prior_preservation": True, "center_crop": True, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_pairs_of_concepts_are_bit_equal(
+    more: dict[str, object], base_model: Path, tmp_path: Path, train_here: Train
+) -> None:
+    common = {"cutmix_probability": 0.5, "max_train_steps": 6, "noaug": True, **two_concepts(tmp_path), **more}
+    train_here(command(base_model, tmp_path, "cached", **common))
+    train_here(command(base_model, tmp_path, "anew", **common, no_latent_cache=True))
+    assert torch.equal(learned(tmp_path / "cached"), learned(tmp_path / "anew"))
+
+
 def test_square_class_images_are_exact_beside_augmented_pictures(base_model: Path, tmp_path: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
     square = [(path, "cat") for path in sorted(draw_pictures(tmp_path / "square", 4).iterdir())]
@@ -141,10 +170,7 @@ def test_only_what_the_steps_draw_is_encoded(base_model: Path) -> None:
 
 def drawn_at(samples: CustomDiffusionDataset, position: int) -> list[object]:
     sample = samples.draw(position)
-    return [sample.instance, sample.class_image]
-
-
-PAIRS = {"cutmix_probability": 0.5}
+    return [*sample.instance, *sample.class_image]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +179,6 @@ PAIRS = {"cutmix_probability": 0.5}
         {"variants": 3},
         {"variants": 3, "aug": False},
         {"variants": None, "aug": False},
-        {"variants": 3, "aug": False, **PAIRS},
-        {"variants": 3, **PAIRS},
     ],
 )
 def test_a_long_run_is_not_walked_through_for_nothing(more: dict[str, object], base_model: Path) -> None:
@@ -162,17 +186,27 @@ def test_a_long_run_is_not_walked_through_for_nothing(more: dict[str, object], b
     views, prompts = samples.drawn(range(10**12))
     assert set(views) == {view for position in range(3000) for view in drawn_at(samples, position)}
     assert set(prompts["instance"]) == {samples.draw(position).instance_prompt for position in range(3000)}
-    if not samples.cutmix_probability:
-        assert len(views) == (5 * 3 if samples.aug else 5 * 2) + 7 * 2
+    assert len(views) == (5 * 3 if samples.aug else 5 * 2) + 7 * 2
+
+
+def test_all_that_pairs_show_and_say_is_encoded(base_model: Path) -> None:
+    samples = stream(base_model, 5, 7, variants=3, cutmix_probability=0.3)
+    views, prompts = samples.drawn(range(500))
+    assert set(views) == {view for position in range(500) for view in drawn_at(samples, position)}
+    assert set(prompts["instance"]) == {samples.draw(position).instance_prompt for position in range(500)}
+    assert set(prompts["class"]) == {samples.draw(position).class_prompt for position in range(500)}
+    assert len([view for view in views if view.scale is not None]) == 5 * 3 + 5 * 2, "pairs share their views"
 
 
 def test_the_pool_holds_as_many_augmentations_as_asked(base_model: Path) -> None:
     samples = stream(base_model, 5, 0, variants=4)
     for picture in range(5):
-        seen = {samples.draw(position).instance for position in range(1000)}
+        seen = {samples.draw(position).instance[0] for position in range(1000)}
         assert len({view for view in seen if view.path.stem == str(picture)}) == 4
     others = stream(base_model, 5, 0, variants=4, seed=7)
-    assert not seen & {others.draw(position).instance for position in range(1000)}, "another seed, other augmentations"
+    assert not seen & {others.draw(position).instance[0] for position in range(1000)}, (
+        "another seed, other augmentations"
+    )
 
 
 def test_a_prompt_fits_its_variant(base_model: Path) -> None:
@@ -180,8 +214,8 @@ def test_a_prompt_fits_its_variant(base_model: Path) -> None:
     for position in range(500):
         sample = samples.draw(position)
         small, large = (sample.instance_prompt.startswith(words) for words in (("a far", "very"), ("zoomed", "close")))
-        assert small == (sample.instance.scale < 0.6 * 64)
-        assert large == (sample.instance.scale > 64)
+        assert small == (sample.instance[0].scale < 0.6 * 64)
+        assert large == (sample.instance[0].scale > 64)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -376,14 +410,7 @@ def test_latents_of_another_vae_size_or_type_are_not_used(
 
 
 def test_latents_of_another_canvas_or_pair_are_not_used(base_model: Path, tmp_path: Path, train_here: Train) -> None:
-    draw_pictures(tmp_path / "instance", 5)
-    draw_pictures(tmp_path / "second", 3)
-    prompts = {"instance": "photo of a <new1> cat", "second": "photo of a <new2> dog"}
-    entries = [
-        {"instance_prompt": prompt, "instance_data_dir": str(tmp_path / name)} for name, prompt in prompts.items()
-    ]
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    common = {"concepts_list": tmp_path / "list.json", "modifier_token": "<new1>+<new2>", "latent_variants": 2}
+    common = {**two_concepts(tmp_path), "latent_variants": 2}
     common |= {"with_prior_preservation": None, "max_train_steps": 12, "overwrite": True}
     count = 0
     for more in ({}, {"padding_mode": "edge"}, {"cutmix_probability": 1.0}):

@@ -252,29 +252,72 @@ def two_concepts(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> C
     return CustomDiffusionDataset(find_instance_images(concepts), tokenizer=tokenizer, **options)
 
 
+def shown_pixels(pixels: torch.Tensor) -> np.ndarray:
+    """(3, h, w) in [-1, 1] to uint8 (h, w, 3)."""
+    return ((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (24, 3), (64, 8)])
 @pytest.mark.parametrize("aug", [True, False])
 def test_cutmix_shows_two_concepts_where_the_prompt_says_they_are(
-    aug: bool, tmp_path: Path, tokenizer: CLIPTokenizer
+    aug: bool, size: int, mask_size: int, tmp_path: Path, tokenizer: CLIPTokenizer
 ) -> None:
-    samples = two_concepts(tmp_path, tokenizer, cutmix_probability=0.3, aug=aug)
+    samples = two_concepts(
+        tmp_path, tokenizer, cutmix_probability=0.3, samples_per_step=4, aug=aug, size=size, mask_size=mask_size
+    )
     whole = {
-        noun: load_image(tmp_path / noun / "0.png").resize((32, 32), Image.Resampling.BILINEAR)
+        noun: np.asarray(load_image(tmp_path / noun / "0.png").resize((size, size), Image.Resampling.BILINEAR))
         for noun in ("cat", "dog")
     }
     orders = {"photo of a <new1> cat next to a <new2> dog": 0, "photo of a <new2> dog next to a <new1> cat": 0}
     for position in range(300):
         sample, item = samples.draw(position), samples[position]
-        if "next to" not in sample.instance_prompt:
-            assert sample.instance.beside is None
+        first_of_step = samples.draw(position - position % 4)
+        assert len(sample.instance) == len(first_of_step.instance), "a step's samples can be one batch"
+        if len(sample.instance) == 1:
+            assert "next to" not in sample.instance_prompt
+            assert item["instance_images"].shape == (3, size, size)
             continue
         orders[sample.instance_prompt] += 1
-        for half, noun in enumerate(("cat", "dog") if "cat next" in sample.instance_prompt else ("dog", "cat")):
-            columns = slice(half * 32, half * 32 + 32)
-            covered = item["instance_mask"].bool().repeat_interleave(8, 0).repeat_interleave(8, 1)[:, columns]
-            shown = (item["instance_images"][:, :, columns][:, covered].view(3, 32, 32) + 1) * 127.5
-            assert np.array_equal(shown.round().permute(1, 2, 0).numpy(), np.asarray(whole[noun])), "all of it counts"
-    assert 60 < sum(orders.values()) < 120
+        nouns = ("cat", "dog") if "cat next" in sample.instance_prompt else ("dog", "cat")
+        beside = np.concatenate([whole[noun] for noun in nouns], axis=1)
+        assert np.array_equal(shown_pixels(item["instance_images"]), beside), "both are whole, at full size"
+        assert torch.equal(item["instance_mask"], torch.ones(mask_size, 2 * mask_size)), "all of it counts"
+    assert 60 < sum(orders.values()) < 130
     assert min(orders.values()) > 20
+
+
+def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    class_images = []
+    for noun, colour in (("cat", "red"), ("dog", "green")):
+        (tmp_path / "class" / noun).mkdir(parents=True)
+        for number in range(3):
+            class_images.append((tmp_path / "class" / noun / f"{number}.png", f"photo of a {noun}"))
+            Image.new("RGB", (64, 64), colour).save(class_images[-1][0])
+    colours = {"cat": [255, 0, 0], "dog": [0, 128, 0]}
+    samples = two_concepts(tmp_path, tokenizer, class_images=class_images, cutmix_probability=0.5)
+    pairs, shown = 0, set()
+    for position in range(100):
+        sample, item = samples.draw(position), samples[position]
+        assert item["class_images"].shape == item["instance_images"].shape
+        if len(sample.instance) == 1:
+            continue
+        pairs += 1
+        shown |= set(sample.class_image)
+        first, second = ("cat", "dog") if sample.class_image[0].path.parent.name == "cat" else ("dog", "cat")
+        assert sample.class_prompt == f"photo of a {first} next to a {second}"
+        halves = np.split(shown_pixels(item["class_images"]), 2, axis=1)
+        assert all((half == colours[noun]).all() for half, noun in zip(halves, (first, second), strict=True))
+        assert item["class_mask"].min() == 1
+    assert pairs > 30
+    assert {view.path for view in shown} == {path for path, _ in class_images}
+
+
+def test_two_concepts_of_one_class_share_its_images_in_pairs(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    pictures = draw_pictures(tmp_path / "class", 3)
+    class_images = [(path, "photo of a cat") for path in sorted(pictures.iterdir())]
+    samples = two_concepts(tmp_path, tokenizer, class_images=class_images, cutmix_probability=1.0)
+    assert {samples.draw(position).class_prompt for position in range(20)} == {"photo of a cat next to a cat"}
 
 
 @pytest.mark.parametrize(("variants", "scales"), [(None, [57, 84, 43, 49]), (20, [86, 56, 50, 80])])
@@ -283,7 +326,7 @@ def test_without_cutmix_the_stream_is_what_it_was(
 ) -> None:
     samples = two_concepts(tmp_path, tokenizer, seed=1, variants=variants)
     # As drawn before there was cutmix: who trains again with the same seed gets the same concept.
-    drawn = [samples.draw(position).instance for position in range(4)]
+    drawn = [samples.draw(position).instance[0] for position in range(4)]
     assert [view.path.parent.name for view in drawn] == ["cat", "dog", "cat", "dog"]
     assert [view.scale for view in drawn] == scales
 
@@ -303,18 +346,6 @@ def test_without_cutmix_the_stream_is_what_it_was(
 )
 def test_two_prompts_become_one(left: str, right: str, together: str) -> None:
     assert side_by_side(left, right) == together
-
-
-@pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (24, 3), (64, 8), (520, 65)])
-def test_pictures_beside_each_other_fit_any_resolution(
-    size: int, mask_size: int, tmp_path: Path, tokenizer: CLIPTokenizer
-) -> None:
-    samples = two_concepts(tmp_path, tokenizer, size=size, mask_size=mask_size, cutmix_probability=1.0)
-    for position in range(10):
-        item = samples[position]
-        assert item["instance_images"].shape == (3, size, size)
-        assert item["instance_mask"].shape == (mask_size, mask_size)
-        assert item["instance_mask"].sum() >= 1
 
 
 def test_class_images_are_cropped_not_masked(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
