@@ -62,6 +62,7 @@ def generated(
         pictures.append(
             pipeline(
                 part,
+                height=world.RESOLUTION,
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,

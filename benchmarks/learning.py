@@ -53,8 +53,9 @@ RECIPE = {
     "with_prior_preservation": True,
     "real_prior": True,
     "num_class_images": 400,
-    "prior_loss_weight": 60,
+    "prior_loss_weight": 45,
     "padding_mode": "edge",
+    "hflip": True,
     "resolution": 64,
     "train_batch_size": 4,
     "learning_rate": 5e-4,
@@ -78,8 +79,8 @@ TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
     "modifier_token": "+".join(TOKENS.values()),
-    "max_train_steps": 1600,
-    "cutmix_probability": 0.2,
+    "max_train_steps": 1400,
+    "cutmix_probability": 0.25,
 }
 # Every size that the augmentation gives, with its words.
 SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from base import train_unet, world
+from base.score import generated
 from base.tokenizer import clip_merges, merges_for, write_tokenizer
 from base.train_text_encoder import TokenizedCaption
 from benchmarks.learning import load_designs
@@ -46,6 +47,11 @@ def test_it_loads_as_stable_diffusion_does_and_draws_what_it_is_asked_for() -> N
     assert pictures.shape == (2, 64, 64, 3)
     (red, _, not_blue), (not_red, _, blue) = pictures[:, :6, :6].mean(axis=(1, 2))
     assert red > 0.6 > not_red and blue > 0.6 > not_blue
+
+
+def test_landscapes_are_drawn_as_wide_as_asked_for() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE)
+    assert generated(pipeline, ["photo of a cat"], seed=1, steps=1, width=128).shape == (1, 64, 128, 3)
 
 
 def test_its_weights_are_half_precision() -> None:
