@@ -69,7 +69,7 @@ def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
 
 
 def loss_curves(work: Path, file: Path) -> None:
-    """One plot per training, of its first logged loss over its steps."""
+    """One plot per training, of its first logged loss over its steps; none where nothing was trained."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -77,6 +77,8 @@ def loss_curves(work: Path, file: Path) -> None:
 
     # What was taken over from another model has no log.
     logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
+    if not logs:
+        return
     figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.6), layout="constrained", squeeze=False)
     for axis, (title, (folder, name)) in zip(axes[0], logs.items(), strict=True):
         lines = [json.loads(line) for line in (work / folder / "log.jsonl").read_text().splitlines()]
@@ -92,13 +94,17 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
     parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
     parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
+    parser.add_argument(
+        "--mean", type=Path, nargs="+", metavar="MODEL", help="Keep all of the first, with the mean of all their UNets."
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args()
-    if arguments.teacher and arguments.further:
-        parser.error("--teacher is for a UNet with a new text encoder, --further for one with its own: not both")
-    former = arguments.teacher or arguments.further
-    if former and not (former / "vae").is_dir():
-        parser.error(f"{str(former)!r} is no folder of a model such as base/")
+    if sum(map(bool, (arguments.teacher, arguments.further, arguments.mean))) > 1:
+        parser.error("--teacher is for a UNet with a new text encoder, --further and --mean for its own: give one")
+    for model in (arguments.teacher, arguments.further, *(arguments.mean or ())):
+        if model and not (model / "vae").is_dir():
+            parser.error(f"{str(model)!r} is no folder of a model such as base/")
+    former = arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     budget, work = SHORT if arguments.short else FULL, arguments.work
@@ -109,13 +115,15 @@ def main() -> None:
         # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
             shutil.copytree(former / "vae", work / "vae" / stage)
-    if arguments.further and not (work / "text").exists():
+    if (arguments.further or arguments.mean) and not (work / "text").exists():
         shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
         shutil.copytree(former / "text_encoder", work / "text" / "trained")
     if not (work / "vae" / "first").exists():
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
         train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
+    if arguments.mean and not (work / "unet" / "trained").exists():
+        train_unet.mean_of(arguments.mean, work / "unet")
     if not (work / "unet" / "trained").exists():
         teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
         start = former / "unet" if arguments.further else None
@@ -136,8 +144,8 @@ def main() -> None:
             shutil.rmtree(Path("base") / part, ignore_errors=True)
             shutil.copytree(model / part, Path("base") / part)
         shutil.copy(model / "model_index.json", "base/model_index.json")
-        for picture in ("samples.png", "losses.png"):
-            shutil.copy(work / picture, Path("base") / picture)
+        for picture in filter(Path.exists, (work / "samples.png", work / "losses.png")):
+            shutil.copy(picture, Path("base"))
     print(f"the model is in {model if arguments.short else 'base'}")
 
 

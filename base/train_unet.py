@@ -190,6 +190,27 @@ def caption_ids(
     return caption.ids(vocabulary, words)[0], caption.ids(vocabulary)[0]
 
 
+def mean_of(models: Sequence[Path], folder: Path) -> None:
+    """`folder/trained` gets the mean of the weights of the UNets of `models`, `folder/scheduler` their schedule.
+
+    UNets that were trained on apart, from one that they have in common, predict better together than each: Wortsman et
+    al. 2022, "Model soups".
+
+    Raises:
+        RuntimeError: where a model has another VAE or text encoder than the first, whose UNet means other things.
+    """
+    first, *others = models
+    for other in others:
+        for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+            if (first / part).read_bytes() != (other / part).read_bytes():
+                raise RuntimeError(f"{str(other / part)!r} is not the one of {str(first)!r}: their UNets have no mean")
+    unets = [UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32) for model in models]
+    weights = [unet.state_dict() for unet in unets]
+    unets[0].load_state_dict({name: torch.stack([w[name] for w in weights]).mean(dim=0) for name in weights[0]})
+    unets[0].save_pretrained(folder / "trained")
+    DDIMScheduler.from_pretrained(first / "scheduler").save_pretrained(folder / "scheduler")
+
+
 def train(
     icons: dict[str, np.ndarray],
     vae_folder: Path,

@@ -188,6 +188,21 @@ def test_a_finished_unet_can_be_trained_on(finished_parts: tuple[Path, Path], tm
     assert json.loads(line)["loss"] < 0.4
 
 
+def test_the_mean_of_unets_needs_the_same_text_encoder(tmp_path: Path) -> None:
+    other = shutil.copytree(BASE, tmp_path / "other", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    unet = UNet2DConditionModel.from_pretrained(other / "unet", torch_dtype=torch.float32)
+    before = unet.conv_in.weight.detach().clone()
+    unet.conv_in.weight.data += 1
+    unet.save_pretrained(other / "unet")
+    train_unet.mean_of([BASE, other], tmp_path / "mean")
+    mean = UNet2DConditionModel.from_pretrained(tmp_path / "mean" / "trained")
+    torch.testing.assert_close(mean.conv_in.weight.data, before + 0.5)
+    torch.testing.assert_close(mean.conv_out.weight.data, unet.conv_out.weight.data)
+    (other / "text_encoder" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="other/text_encoder"):
+        train_unet.mean_of([BASE, other], tmp_path / "mean")
+
+
 def test_the_concept_list_works_as_it_stands() -> None:
     for concept in json.loads((ROOT / "concept_list.json").read_text()):
         assert len(list((ROOT / concept["instance_data_dir"]).glob("*.png"))) == 5
