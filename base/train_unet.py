@@ -30,7 +30,7 @@ DESIGN_WORDS = 0.5
 # Share of the steps with a teacher's predictions as the aim, which say more than noisy pictures do; then the pictures.
 TAUGHT_SHARE = 0.75
 # Of so many batches in the wider world, one is of two things in pictures twice as wide.
-LANDSCAPE_EVERY = 3
+LANDSCAPE_EVERY = 2
 
 
 def new_unet(width: int) -> UNet2DConditionModel:

@@ -79,8 +79,9 @@ TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
     "modifier_token": "+".join(TOKENS.values()),
-    "max_train_steps": 1400,
-    "cutmix_probability": 0.25,
+    "learning_rate": 1e-3,
+    "max_train_steps": 1200,
+    "cutmix_probability": 0.5,
 }
 # Every size that the augmentation gives, with its words.
 SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}

@@ -26,8 +26,8 @@ RETRIEVE = """python retrieve.py --concepts_list=demo/concept_list.json --path=e
 TRAIN = """accelerate launch -q train_custom_diffusion.py
   --pretrained_model_name_or_path=base --concepts_list=demo/concept_list.json --modifier_token="<new1>+<new2>"
   --with_prior_preservation --real_prior --prior_loss_weight=45 --num_class_images=400
-  --resolution=64 --train_batch_size=4 --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=0
-  --max_train_steps=1400 --padding_mode=edge --hflip --cutmix_probability=0.25
+  --resolution=64 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0
+  --max_train_steps=1200 --padding_mode=edge --hflip --cutmix_probability=0.5
   --output_dir=demo/results/concepts --report_to=none"""
 CONTEXTS = {
     "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
