@@ -110,7 +110,8 @@ def main() -> None:
     budget, work = SHORT if arguments.short else FULL, arguments.work
     work.mkdir(parents=True, exist_ok=True)
     known = frozenset(name for names in world.NOUNS.values() for name in names)
-    icons = load_icons(work, only=known if arguments.short else None)
+    # The VAE alone learns from drawings of other things too.
+    icons = load_icons(work, only=known if arguments.short or former else None)
     if former and not (work / "vae").exists():
         # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
