@@ -18,6 +18,7 @@ from benchmarks.learning import (
     CONCEPTS,
     SIZES,
     TOKEN,
+    TOKENS,
     Judge,
     denoising_loss,
     groups_of,
@@ -128,9 +129,11 @@ def test_each_of_two_concepts_answers_to_its_token(figures_of_two: dict[str, flo
 
 
 @learning
-def test_both_concepts_in_one_picture(figures_of_two: dict[str, float]) -> None:
-    assert figures_of_two["<new1> cat next to <new2> plant: both as taught"] >= 0.4
-    assert figures_of_two["cat next to plant: both as taught"] <= 0.1
+@pytest.mark.parametrize(("first", "second"), [("cat", "plant"), ("plant", "cat")])
+def test_both_concepts_in_one_picture(first: str, second: str, figures_of_two: dict[str, float]) -> None:
+    taught = f"{TOKENS[first]} {first} next to {TOKENS[second]} {second}"
+    assert figures_of_two[f"{taught}: both as taught"] >= 0.4
+    assert figures_of_two[f"{first} next to {second}: both as taught"] <= 0.1
 
 
 # --- the paper's ablations, in direction (its table 3) ----------------------------------------------
