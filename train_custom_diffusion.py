@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         "their edges continued and learned too, which teaches small views at small resolutions.")
     add("--cutmix_probability", type=float, default=0.0,
         help="With several concepts, share of the steps, from 0 to 1, that show one beside another ('... next to ...') "
-        "in pictures twice as wide, so that both can be drawn in one; such as 0.2. These steps take twice the memory.")
+        "in pictures twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
