@@ -1,8 +1,12 @@
-"""Merge separately trained concepts into one: ``python merge.py --model_dir cat-model pot-model``."""
+"""Merge separately trained concepts into one: ``python merge.py --model_dir cat-model pot-model``.
+
+Or weigh one concept, or several, against what the base model knew: ``--prior_weight 0.5``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -34,6 +38,8 @@ from pictures import write_whole
 
 CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
 RIDGE = 1e-9  # relative to the mean square of a feature over all captions
+# How much --prior_weight leaves as learned what nobody asks about; relative to the mean square of a prompts' feature.
+NEARNESS = 0.1
 TOLERANCE = 1e-5  # of the constraint, relative: what float32 weights can hold and no picture can show
 
 
@@ -57,13 +63,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="merged-concepts", help="Where the merged concept is written; must be new or empty.")
     add("--captions", help="Text file with one caption per line, on which the base model's answers are kept; "
         "if not given, those that come with this project.")
+    add("--prior_weight", type=float,
+        help="Weigh what the base model answers to the captions against what the concepts' own weights answer to their "
+        "prompts, rather than keep the concepts' words exactly; such as 0.5. One concept alone then leaves what the "
+        "model knew as it was. The captions should name the things that are to stay, and the concepts' classes.")
     add("--num_captions", type=int, default=500, help="How many of them are used, spread evenly over the file.")
     add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concepts' cards name.")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the base model's files, such as fp16.")
     args = parse_with_config(parser, argv)
-    if len(args.model_dir) < 2:
-        parser.error("--model_dir needs at least two concepts to merge")
+    if len(args.model_dir) < 2 and args.prior_weight is None:
+        parser.error("--model_dir needs at least two concepts to merge, or --prior_weight for one")
+    if args.prior_weight is not None and not 0 <= args.prior_weight < math.inf:
+        parser.error(f"--prior_weight {args.prior_weight} is not a number from 0 on")
     if args.num_captions < 1:
         parser.error("--num_captions must be at least 1")
     return args
@@ -128,6 +140,35 @@ def merge_weights(base: Tensor, targets: Tensor, values: Tensor, directions: Ten
     return base + change.T @ directions
 
 
+def weigh_weights(
+    base: Tensor, learned: Sequence[Tensor], targets: Sequence[Tensor], regularization: Tensor, prior_weight: float
+) -> Tensor:
+    """The weights that answer the concepts' prompts as learned and unrelated captions as the base model, in balance.
+
+    With Grams (mean squares) A_c of the targets of concept c and B of the captions, and D_c what it learned, minimises
+    ``sum_c |(W - W_c) A_c^1/2|^2 + prior_weight |(W - W0) B^1/2|^2 + m |W - W0 - sum_c D_c|^2``:
+    ``W = W0 + (sum_c D_c (A_c + m)) (sum_c A_c + prior_weight B + m)^-1``. That is the paper's objective (section 3.2)
+    with its constraint made a part of the sum. The last term, `NEARNESS`, keeps directions that neither asks about:
+    without it these are free, and prompts unlike all of these answer with anything.
+
+    Args:
+        base: W0, (out, width).
+        learned: W_c, (out, width) each.
+        targets: A_c, (width, width) each, as :func:`mean_square` gives them.
+        regularization: B, alike.
+        prior_weight: at least 0; 0 keeps what a single concept has learned.
+
+    Returns:
+        W, (out, width), in float64 like the computation; inputs may have any floating type.
+    """
+    base, regularization = base.double(), regularization.double()
+    together = sum(target.double() for target in targets)
+    near = NEARNESS * together.diagonal().mean() * torch.eye(len(together), dtype=torch.float64)
+    wanted = sum((own.double() - base) @ (a.double() + near) for own, a in zip(learned, targets, strict=True))
+    # The sum is symmetric, so a solve from the left of what is transposed does.
+    return base + torch.linalg.solve(together + prior_weight * regularization + near, wanted.T).T
+
+
 def constraint_error(weights: Tensor, targets: Tensor, values: Tensor) -> float:
     """``||W C^T - V|| / ||V||`` in the Frobenius norm; shapes as in :func:`merge_weights`."""
     reached = targets.double() @ weights.double().T
@@ -159,6 +200,21 @@ def text_features(
         rows = torch.tensor([row for row in ids if len(row) == length])
         features += [encoder(part)[0][:, skip:].flatten(0, 1) for part in rows.split(64)]
     return torch.cat(features)
+
+
+@torch.no_grad()
+def mean_square(prompts: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> Tensor:
+    """``F^T F / n`` of the features F of n prompts at all positions, as a UNet sees them; (width, width), float64.
+
+    Start and padding are the same in every prompt, and so weigh most: what is changed there is changed for all.
+    """
+    total = torch.zeros((encoder.config.hidden_size,) * 2, dtype=torch.float64)
+    for start in range(0, len(prompts), 64):
+        batch = list(prompts[start : start + 64])
+        ids = tokenizer(batch, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        features = encoder(ids)[0].flatten(0, 1).double()
+        total += features.T @ features
+    return total / len(prompts)
 
 
 def read_captions(path: Path, count: int) -> list[str]:
@@ -295,6 +351,70 @@ def target_features(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CL
     return features
 
 
+def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
+    """Prompts of the part's concepts: alone, as training shows them, and those captions that name their classes.
+
+    In the last the concepts take the place of their classes: "a cat on the grass" becomes "a <new1> cat on the grass".
+    """
+    sizes = ("", "a far away ", "very small ", "zoomed in ", "close up ")
+    prompts = part.phrases()
+    prompts += [f"{size}photo of a {phrase}" for phrase in part.phrases() for size in sizes]
+    phrase_of = {words: phrase for words, phrase in zip(part.words.values(), part.phrases(), strict=True) if words}
+    if phrase_of:
+        classes = re.compile(rf"\b({'|'.join(map(re.escape, phrase_of))})\b")
+        named = [classes.sub(lambda match: phrase_of[match[0]], caption) for caption in captions]
+        prompts += [prompt for prompt, caption in zip(named, captions, strict=True) if prompt != caption]
+    return prompts
+
+
+def check_shape(part: Part, key: str, own: Tensor, base: Tensor) -> None:
+    """Refuse a concept that was learned on another base model.
+
+    Raises:
+        ConceptError: where its projection ``key`` has another shape than the base model's.
+    """
+    if own.shape != base.shape:
+        raise ConceptError(
+            f"{part.concept.source!r} has {key!r} of shape {tuple(own.shape)}, the base model has "
+            f"{tuple(base.shape)}: give the base model that it was trained on"
+        )
+
+
+def weigh_concepts(
+    parts: Sequence[Part],
+    base: Mapping[str, Tensor],
+    targets: Sequence[Tensor],
+    regularization: Tensor,
+    prior_weight: float,
+) -> tuple[Concept, float]:
+    """Weigh concepts against captions, layer by layer.
+
+    Args:
+        parts: one or more.
+        base: the base model's projections, keyed like :attr:`concept.Concept.attention`.
+        targets, regularization, prior_weight: as :func:`weigh_weights` takes them.
+
+    Returns:
+        The concepts in one, and how far the answers to the captions still move, as a part (root mean square) of how far
+        all that was learned moves them.
+
+    Raises:
+        ConceptError: where a concept does not fit the base model.
+    """
+    wholes = [complete(part.concept, base).attention for part in parts]
+    attention, moved, moved_before = {}, 0.0, 0.0
+    for key, weight in base.items():
+        for part, whole in zip(parts, wholes, strict=True):
+            check_shape(part, key, whole[key], weight)
+        learned = [whole[key] for whole in wholes]
+        attention[key] = weigh_weights(weight, learned, targets, regularization, prior_weight).float()
+        change, change_before = attention[key] - weight, sum(own - weight for own in learned)
+        moved += (change.double() @ regularization * change).sum().item()
+        moved_before += (change_before.double() @ regularization * change_before).sum().item()
+    tokens = {token: vector for part in parts for token, vector in part.concept.tokens.items()}
+    return Concept(attention, tokens), math.sqrt(moved / moved_before) if moved_before else 1.0
+
+
 def merge_concepts(
     parts: Sequence[Part], base: Mapping[str, Tensor], targets: Sequence[Tensor], regularization: Tensor
 ) -> tuple[Concept, float]:
@@ -319,11 +439,7 @@ def merge_concepts(
     directions = merging_directions(together, regularization)
     for key, weight in base.items():
         for part, whole in zip(parts, wholes, strict=True):
-            if whole[key].shape != weight.shape:
-                raise ConceptError(
-                    f"{part.concept.source!r} has {key!r} of shape {tuple(whole[key].shape)}, the base model has "
-                    f"{tuple(weight.shape)}: give the base model that it was trained on"
-                )
+            check_shape(part, key, whole[key], weight)
         values = torch.cat([c.double() @ whole[key].double().T for c, whole in zip(targets, wholes, strict=True)])
         attention[key] = merge_weights(weight, together, values, directions).float()
         worst = max(worst, constraint_error(attention[key], together, values))
@@ -336,15 +452,11 @@ def merge_concepts(
     return Concept(attention, tokens), worst
 
 
-def render_card(merged: Concept, parts: Sequence[Part], args: argparse.Namespace, error: float) -> bytes:
-    """The model card of the merged concept."""
+def render_card(merged: Concept, parts: Sequence[Part], settings: Mapping[str, object]) -> bytes:
+    """The model card of the merged concept; ``settings`` are those of merging."""
     prompts = [f"photo of a {phrase}" for part in parts for phrase in part.phrases()]
     together = " and a ".join(phrase for part in parts for phrase in part.phrases())
-    settings = {
-        "concepts": ", ".join(Path(part.concept.source).name for part in parts),
-        "captions": args.num_captions,
-        "relative error of the constraint": f"{error:.1e}",
-    }
+    settings = {"concepts": ", ".join(Path(part.concept.source).name for part in parts), **settings}
     return model_card(merged, prompts, settings, f"a {together}", origin="merged").encode()
 
 
@@ -362,15 +474,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = model.projections([*concepts[0].attention, *concepts[0].differences])
     tokenizer, encoder = model.text_models()
     add_tokens(parts, tokenizer, encoder)
-    targets = target_features(parts, tokenizer, encoder)
-    merged, error = merge_concepts(parts, base, targets, text_features(captions, tokenizer, encoder))
+    settings: dict[str, object] = {"captions": len(captions)}
+    if args.prior_weight is None:
+        targets = target_features(parts, tokenizer, encoder)
+        merged, error = merge_concepts(parts, base, targets, text_features(captions, tokenizer, encoder))
+        settings["relative error of the constraint"] = f"{error:.1e}"
+        outcome = f"the concepts' words keep their meaning to {error:.0e}"
+    else:
+        targets = [mean_square(concept_prompts(part, captions), tokenizer, encoder) for part in parts]
+        regularization = mean_square(captions, tokenizer, encoder)
+        merged, moved = weigh_concepts(parts, base, targets, regularization, args.prior_weight)
+        settings |= {"prior weight": args.prior_weight, "what is left of the captions' change": f"{moved:.0%}"}
+        outcome = f"the answers to the captions change {moved:.0%} as far as by what was learned"
     merged = replace(merged, base_model=model.name)
     save_concept(merged, folder)
-    write_whole(folder / CARD_NAME, lambda file: file.write(render_card(merged, parts, args, error)))
+    write_whole(folder / CARD_NAME, lambda file: file.write(render_card(merged, parts, settings)))
     save_config(args, folder / CONFIG_NAME)
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
-    print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; "
-          f"the concepts' words keep their meaning to {error:.0e}")  # fmt: skip
+    print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
     print(f'See them together:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
 
 

@@ -1,8 +1,8 @@
 """The pictures of `examples/`: concepts that the base model has never seen, drawn from the held-out designs.
 
 `python -m base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
-captions, as real class images for `retrieve.py --path`, and into `tests/designs/` the drawings that learning is scored
-against.
+captions, as real class images for `retrieve.py --path`, `examples/captions.txt` with captions of all that it knows, for
+`merge.py --captions`, and into `tests/designs/` the drawings that learning is scored against.
 """
 
 import argparse
@@ -81,6 +81,7 @@ def main() -> None:
             flip = bool(number % 2 and folder == "plant")
             picture = drawn(icon, ground, generator.uniform(0.8, 0.95), place, flip)
             picture.quantize(128).save(arguments.output_dir / folder / f"{number + 1}.png", optimize=True)
+    (arguments.output_dir / "captions.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
     write_class_images(load_icons(arguments.work), arguments.output_dir / "drawings.tar.gz")
     for name in SCORED:
         for emoji_set in SETS:

@@ -182,6 +182,21 @@ def words_of_the_world() -> list[str]:
     return sorted({word for text in texts for word in text.replace("{}", "").split()})
 
 
+def captions() -> list[str]:
+    """Captions of every noun: alone, on every background, in every scene, at every size, and beside others."""
+    nouns, found = list(NOUNS), []
+    for number, noun in enumerate(nouns):
+        photo = f"photo of {article(noun)}"
+        found += [noun, article(noun), photo]
+        found += [f"{photo} on {article(colour)} background" for colour in BACKGROUNDS]
+        found += [f"{photo} {scene}" for scene in SCENES]
+        found += [f"{size}photo of {article(noun)}" for size in (*SMALL_WORDS, *LARGE_WORDS)]
+        # Each thing once to the left and once to the right of some other things.
+        for step in (1, 5, 11, 17):
+            found.append(f"{photo} next to {article(nouns[(number + step) % len(nouns)])}")
+    return found
+
+
 def style_of(design: str) -> str:
     """The word for the hand that drew `set/icon`."""
     return STYLES[design.split("/")[0]]

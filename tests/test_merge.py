@@ -83,6 +83,24 @@ def test_equal_words_that_want_different_things_are_refused() -> None:
         merging_directions(targets, captions[:3])
 
 
+def test_weighing_is_the_minimum_of_what_it_says() -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, *learned = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    *asked, captions = torch.randn(3, 40, 8, generator=generator, dtype=torch.float64)
+    *targets, regularization = (features.T @ features / 40 for features in (*asked, captions))
+    weights = merge.weigh_weights(base, learned, targets, regularization, 0.5).requires_grad_()
+    near = merge.NEARNESS * sum(targets).diagonal().mean()
+    all_learned = base + sum(own - base for own in learned)
+    objective = (
+        near * (weights - all_learned).square().sum() + 0.5 * ((weights - base) @ captions.T).square().sum() / 40
+    )
+    objective += sum(((weights - own) @ f.T).square().sum() / 40 for own, f in zip(learned, asked, strict=True))
+    objective.backward()
+    assert weights.grad.abs().max() < 1e-9
+    alone = merge.weigh_weights(base, learned[:1], targets[:1], regularization, 0.0)
+    assert torch.allclose(alone, learned[0]), "nothing to weigh against: as it was learned"
+
+
 # --- what the merged folder does -----------------------------------------------------------------
 
 
@@ -120,6 +138,27 @@ def test_unrelated_captions_move_less_than_in_either_parent(
         moved = relative(features @ both.attention[key].T - answers, answers)
         for parent in parents:
             assert moved < relative(features @ parent.attention[key].T - answers, answers), key
+
+
+def test_one_concept_leaves_more_as_it_was_the_more_that_weighs(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    learned = load_concept(cat)
+    base, models = BaseModel(str(base_model)), models_with_tokens(base_model, learned.tokens)
+    unseen = merge.mean_square(read_captions(CAPTIONS, 10_000)[1::2], *models)
+    own = merge.mean_square(["photo of a <new1> cat at night"], *models)
+    moved, lost = [], []
+    for weight in (0, 0.5, 5):
+        folder = tmp_path / str(weight)
+        merge.main(["--model_dir", str(cat), "--prior_weight", str(weight), "--output_dir", str(folder)])
+        now = load_concept(folder)
+        assert torch.equal(now.tokens["<new1>"], learned.tokens["<new1>"])
+        moved.append(0.0)
+        lost.append(0.0)
+        for key, weights in base.projections(learned.attention).items():
+            change, loss = now.attention[key] - weights, now.attention[key] - learned.attention[key]
+            moved[-1] += ((change.double() @ unseen) * change).sum().item()
+            lost[-1] += ((loss.double() @ own) * loss).sum().item()
+    assert moved[0] > moved[1] > moved[2]
+    assert lost[0] < 1e-6 * moved[0] and lost[0] < lost[1] < lost[2]
 
 
 def test_infer_reads_it_and_the_card_says_what_it_is(merged: Path, base_model: Path, tmp_path: Path) -> None:
