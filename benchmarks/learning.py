@@ -74,6 +74,8 @@ def recipe(**changes: object) -> list[str]:
     ]
 
 
+# What README.md then types, so that what no class image shows stays too.
+WEIGHING = ("--prior_weight=0.5", "--captions=examples/captions.txt")
 TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 # What two concepts change of it: those of `concept_list.json`, as in demo/run.py.
 TOGETHER = {
@@ -103,6 +105,15 @@ def retrieve(class_prompt: str, folder: Path) -> None:
     command = [sys.executable, ROOT / "retrieve.py", "--class_prompt", class_prompt, "--path", DRAWINGS]
     count = f"--num_class_images={RECIPE['num_class_images']}"
     subprocess.run([*command, "--min_size=64", count, "--class_data_dir", folder], check=True)
+
+
+def weigh(folder: Path) -> Path:
+    """Weigh the concepts in `folder` against all that the model knows, as README.md does; gives the folder of that."""
+    weighed = folder.with_name(f"{folder.name}-weighed")
+    if not weighed.exists():
+        command = [sys.executable, ROOT / "merge.py", "--model_dir", folder, *WEIGHING, "--output_dir", weighed]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return weighed
 
 
 def load_designs() -> dict[str, np.ndarray]:
@@ -307,7 +318,7 @@ def main() -> None:
                     flags = recipe(output_dir=folder, class_data_dir=work / "class" / "cat", seed=seed)
                 command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
                 subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
-            for name, value in (measure_two if arguments.two else measure)(folder, seed).items():
+            for name, value in (measure_two if arguments.two else measure)(weigh(folder), seed).items():
                 rows.setdefault(name, []).append(value)
     print(f"seeds {arguments.seeds}; nearest by {ENCODER}")
     for name, values in rows.items():

@@ -29,6 +29,8 @@ TRAIN = """accelerate launch -q train_custom_diffusion.py
   --resolution=64 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0
   --max_train_steps=1200 --padding_mode=edge --hflip --cutmix_probability=0.5
   --output_dir=demo/results/concepts --report_to=none"""
+WEIGH = """python merge.py --model_dir=demo/results/concepts --prior_weight=0.5 --captions=examples/captions.txt
+  --output_dir=demo/results/weighed"""
 CONTEXTS = {
     "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
     "plant": ("photo of a <new2> plant", "photo of a <new2> plant on a pink background", "a <new2> plant at night"),
@@ -52,7 +54,7 @@ def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
     quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
     # At the usual guidance of 6, so small a model draws in colours that are too strong.
     run(
-        f"python infer.py --model_dir=demo/results/concepts {options}--num_images={EACH} --batch_size=12\n"
+        f"python infer.py --model_dir=demo/results/weighed {options}--num_images={EACH} --batch_size=12\n"
         f"--num_inference_steps=50 --guidance_scale=3 --output_dir=demo/results/{folder} --prompt {quoted}"
     )
     pictures = sorted((RESULTS / folder).glob("[0-9]*.png"))
@@ -95,6 +97,7 @@ def main() -> None:
     shutil.rmtree(RESULTS, ignore_errors=True)
     run(RETRIEVE)
     run(TRAIN)
+    run(WEIGH)
     known = infer("known", "photo of a cat", "photo of a plant", options="--scale=0 ")
     contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
     # Two things have room beside each other in a picture twice as wide.

@@ -31,6 +31,7 @@ from benchmarks.learning import (
     retrieve,
     sized_views,
     views,
+    weigh,
     with_concept,
     with_untrained_token,
 )
@@ -51,11 +52,17 @@ def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cat(class_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The concept of `examples/cat`, taught by the documented command line."""
+def trained(class_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The concept of `examples/cat` as training leaves it."""
     folder = tmp_path_factory.mktemp("learned") / "cat"
     launch(*recipe(output_dir=folder, class_data_dir=class_images, seed=SEED))
     return folder
+
+
+@pytest.fixture(scope="module")
+def cat(trained: Path) -> Path:
+    """The concept of `examples/cat`, taught by the documented command lines."""
+    return weigh(trained)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +121,7 @@ def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
     """Cat and plant of `concept_list.json`, taught together; its own class images would be in the clone."""
     folder = tmp_path_factory.mktemp("both")
     launch(*recipe_for_two(folder, class_images.parent, output_dir=folder / "concepts", seed=SEED))
-    return folder / "concepts"
+    return weigh(folder / "concepts")
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +147,7 @@ def test_both_concepts_in_one_picture(first: str, second: str, figures_of_two: d
 
 
 @pytest.fixture(scope="module")
-def variant(
-    class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., StableDiffusionPipeline]:
+def variant(class_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StableDiffusionPipeline]:
     def train(**changes: object) -> StableDiffusionPipeline:
         folder = tmp_path_factory.mktemp("variant")
         launch(*recipe(output_dir=folder, seed=SEED, **({"class_data_dir": class_images} | changes)))
@@ -152,14 +157,14 @@ def variant(
 
 
 @learning
-def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, cat: Path) -> None:
+def test_without_prior_preservation_the_prior_drifts_more(variant: Callable, trained: Path) -> None:
     icons = load_designs()
     known = [name for group, names in groups_of(icons, "cat").items() if group != CONCEPT for name in names]
     others = views(icons, "cat", known, each=2, seed=SEED)
     without = dict.fromkeys(("with_prior_preservation", "real_prior", "class_data_dir", "class_prompt"))
     alone = variant(**without)
     before = denoising_loss(with_untrained_token(), others)
-    drift, drift_alone = (abs(denoising_loss(p, others) - before) for p in (with_concept(cat), alone))
+    drift, drift_alone = (abs(denoising_loss(p, others) - before) for p in (with_concept(trained), alone))
     assert drift_alone > 1.5 * drift
 
 
@@ -173,17 +178,19 @@ def without_augmentation(variant: Callable[..., StableDiffusionPipeline]) -> Sta
     ("sizes", "each"), [(SIZES.values(), 4), ((("very small ", 0.35, 0.55),), 6)], ids=["every size", "very small"]
 )
 def test_without_augmentation_places_and_sizes_are_learned_less(
-    sizes: Iterable[tuple[str, float, float]], each: int, without_augmentation: StableDiffusionPipeline, cat: Path
+    sizes: Iterable[tuple[str, float, float]], each: int, without_augmentation: StableDiffusionPipeline, trained: Path
 ) -> None:
     icons = load_designs()
     designs = groups_of(icons, "cat")[CONCEPT]
     anywhere = [view for size in sizes for view in sized_views(icons, designs, size, each, SEED)]
-    assert denoising_loss(with_concept(cat), anywhere, TOKEN) < denoising_loss(without_augmentation, anywhere, TOKEN)
+    assert denoising_loss(with_concept(trained), anywhere, TOKEN) < denoising_loss(
+        without_augmentation, anywhere, TOKEN
+    )
 
 
 @learning
-def test_training_queries_and_outputs_too_fits_closer(variant: Callable, cat: Path) -> None:
+def test_training_queries_and_outputs_too_fits_closer(variant: Callable, trained: Path) -> None:
     icons = load_designs()
     unseen = views(icons, "cat", groups_of(icons, "cat")[CONCEPT], each=6, seed=SEED)
     closer = variant(freeze_model="crossattn")
-    assert denoising_loss(closer, unseen, TOKEN) < denoising_loss(with_concept(cat), unseen, TOKEN)
+    assert denoising_loss(closer, unseen, TOKEN) < denoising_loss(with_concept(trained), unseen, TOKEN)
