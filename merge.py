@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Merge concepts that were trained separately into one folder for infer.py, in seconds and without "
         "their pictures (closed form of the Custom Diffusion paper, section 3.2).",
-        usage="%(prog)s --model_dir CONCEPT CONCEPT [CONCEPT ...] [--output_dir FOLDER] [more options: --help]",
+        usage="%(prog)s --model_dir CONCEPT [CONCEPT ...] [--output_dir FOLDER] [more options: --help]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -492,7 +492,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_config(args, folder / CONFIG_NAME)
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
     print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
-    print(f'See them together:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+    what = "it" if len(merged.tokens) == 1 else "them together"
+    print(f'See {what}:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
 
 
 if __name__ == "__main__":

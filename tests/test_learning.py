@@ -37,7 +37,7 @@ from benchmarks.learning import (
 )
 from tests.conftest import launch
 
-# What is not reached, or not by every training, and what takes several of them: `make test-learning`.
+# What takes several trainings: `make test-learning`.
 learning = pytest.mark.learning
 SEED = 2026
 
@@ -79,7 +79,6 @@ def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
     assert figures["loss on unseen views, plain cat"] >= -0.05
 
 
-@learning
 def test_a_class_that_no_class_image_shows_stays(figures: dict[str, float]) -> None:
     assert abs(figures["loss on dogs, plain dog"]) <= 0.02
 

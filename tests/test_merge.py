@@ -220,6 +220,22 @@ def test_a_mistake_gets_one_line_and_leaves_no_folder(cat: Path, pot: Path, tmp_
     assert "too few" in refused(*common, pot, "--captions", tmp_path / "few.txt")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "at least two concepts"),
+        (["--prior_weight=-1"], "not a number from 0 on"),
+        (["--prior_weight=nan"], "from 0"),
+    ],
+)
+def test_one_concept_needs_a_prior_weight_from_zero_on(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        merge.parse_args(["--model_dir", "cat", *flags])
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_an_occupied_folder_and_another_base_model_are_refused(
     cat: Path, pot: Path, base_model_v: Path, tmp_path: Path
 ) -> None:
