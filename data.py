@@ -31,6 +31,9 @@ from pictures import UsageError, first_line, load_image, readable_images
 
 logger = logging.getLogger("custom_diffusion")
 
+# Before the prompts of pictures that the augmentation made much smaller, or larger (paper, appendix; the example).
+SMALL_WORDS = ("a far away ", "very small ")
+LARGE_WORDS = ("zoomed in ", "close up ")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of an image folder's metadata, the first that there is
 
 
@@ -485,9 +488,9 @@ class CustomDiffusionDataset(Dataset):
         else:
             scale = int(random.integers(int(1.2 * self.size), max(int(1.4 * self.size), int(1.2 * self.size) + 1)))
         if scale < 0.6 * self.size:
-            return scale, str(random.choice(["a far away ", "very small "]))
+            return scale, str(random.choice(SMALL_WORDS))
         if scale > self.size:
-            return scale, str(random.choice(["zoomed in ", "close up "]))
+            return scale, str(random.choice(LARGE_WORDS))
         return scale, ""
 
     def drawn(self, positions: Iterable[int]) -> tuple[list[View], dict[str, list[str]]]:

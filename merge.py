@@ -34,6 +34,7 @@ from concept import (
     save_concept,
 )
 from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config
+from data import LARGE_WORDS, SMALL_WORDS
 from pictures import write_whole
 
 CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
@@ -356,7 +357,7 @@ def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
 
     In the last the concepts take the place of their classes: "a cat on the grass" becomes "a <new1> cat on the grass".
     """
-    sizes = ("", "a far away ", "very small ", "zoomed in ", "close up ")
+    sizes = ("", *SMALL_WORDS, *LARGE_WORDS)
     prompts = part.phrases()
     prompts += [f"{size}photo of a {phrase}" for phrase in part.phrases() for size in sizes]
     phrase_of = {words: phrase for words, phrase in zip(part.words.values(), part.phrases(), strict=True) if words}
