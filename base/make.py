@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--mean", type=Path, nargs="+", metavar="MODEL", help="Keep all of the first, with the mean of all their UNets."
     )
+    parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet, as --mean needs them.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args()
     if sum(map(bool, (arguments.teacher, arguments.further, arguments.mean))) > 1:
@@ -129,9 +130,8 @@ def main() -> None:
         teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
         start = former / "unet" if arguments.further else None
         pool, steps = budget["pool"], budget["unet"] // (4 if former else 1)
-        train_unet.train(
-            icons, work / "vae", work / "text", work / "unet", steps, pool=pool, teacher=teacher, start=start
-        )
+        inputs = icons, work / "vae", work / "text"
+        train_unet.train(*inputs, work / "unet", steps, pool=pool, teacher=teacher, start=start, seed=arguments.seed)
     if not (work / "vae" / "trained").exists():
         train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
     model = work / "model"

@@ -221,15 +221,18 @@ def train(
     pool: int = 60_000,
     teacher: Teacher | None = None,
     start: Path | None = None,
+    seed: int = 0,
 ) -> None:
     """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
 
     For the first `easy_share` of the steps, pictures come from the easy world; then mostly from the wider one. With a
     `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction. So too with the folder of
-    a UNet to `start` from, at a lower learning rate.
+    a UNet to `start` from, at a lower learning rate. Each `seed` has pictures, captions and noise of its own.
     """
     on = device()
-    torch.manual_seed(0)
+    # No two seeds share a draw: steps are far fewer.
+    shift = 1_000_000 * seed
+    torch.manual_seed(shift)
     vae = AutoencoderKL.from_pretrained(vae_folder / "first").to(on, memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
@@ -249,22 +252,22 @@ def train(
         if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
             phase = now
             # The easy world has fewer pictures that differ.
-            count, wide, seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
-            made = [world.examples(icons, count, wide, seed)]
+            count, wide, pool_seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
+            made = [world.examples(icons, count, wide, pool_seed + shift)]
             if phase == "wide":
-                made.append(world.examples(icons, pool // 4, wide, seed=7, landscape=True))
+                made.append(world.examples(icons, pool // 4, wide, 7 + shift, landscape=True))
             pools = [Pool.of(examples, tokenizer, word_of, vae) for examples in made]
         taught = teacher is not None and step < TAUGHT_SHARE * steps
         # The teacher may know neither landscapes nor the designs' words.
         shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
-        generator = np.random.default_rng((7, step))
+        generator = np.random.default_rng((7 + shift, step))
         chosen = generator.integers(0, len(shown.captions), shown.batch_size)
         drawn = [
             caption_ids(shown.captions[index], generator, len(tokenizer), row, () if taught else shown.names[index])
             for row, index in enumerate(chosen)
         ]
         ids, plain_ids = (torch.tensor(column, device=on) for column in zip(*drawn, strict=True))
-        draw = torch.Generator().manual_seed(step)
+        draw = torch.Generator().manual_seed(step + shift)
         unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
         rows = torch.from_numpy(chosen).to(on)
         noise, resample = torch.randn((2, len(rows), *shown.means.shape[1:]), generator=draw).to(on)
