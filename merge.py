@@ -360,11 +360,18 @@ def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
     sizes = ("", *SMALL_WORDS, *LARGE_WORDS)
     prompts = part.phrases()
     prompts += [f"{size}photo of a {phrase}" for phrase in part.phrases() for size in sizes]
-    phrase_of = {words: phrase for words, phrase in zip(part.words.values(), part.phrases(), strict=True) if words}
-    if phrase_of:
-        classes = re.compile(rf"\b({'|'.join(map(re.escape, phrase_of))})\b")
-        named = [classes.sub(lambda match: phrase_of[match[0]], caption) for caption in captions]
-        prompts += [prompt for prompt, caption in zip(named, captions, strict=True) if prompt != caption]
+    phrases_of: dict[str, list[str]] = {}
+    for words, phrase in zip(part.words.values(), part.phrases(), strict=True):
+        if words:
+            phrases_of.setdefault(words, []).append(phrase)
+    if phrases_of:
+        # The longest first: "cat face" has "cat" in it.
+        classes = re.compile(rf"\b({'|'.join(map(re.escape, sorted(phrases_of, key=len, reverse=True)))})\b")
+        # Two tokens may be of one class: each gets its turn in every caption.
+        for turn in range(max(map(len, phrases_of.values()))):
+            chosen = {words: phrases[turn % len(phrases)] for words, phrases in phrases_of.items()}
+            named = [classes.sub(lambda match, chosen=chosen: chosen[match[0]], caption) for caption in captions]
+            prompts += [prompt for prompt, caption in zip(named, captions, strict=True) if prompt != caption]
     return prompts
 
 

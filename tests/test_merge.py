@@ -104,6 +104,25 @@ def test_weighing_is_the_minimum_of_what_it_says() -> None:
 # --- what the merged folder does -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "captions", "expected"),
+    [
+        (("cat", "plant"), ["a cat next to a plant", "a dog"], ["a <a> cat next to a <b> plant"]),
+        (("cat", "cat"), ["cats", "a cat on the grass"], ["a <a> cat on the grass", "a <b> cat on the grass"]),
+        (("cat", "cat face"), ["a cat face", "a cat"], ["a <b> cat face", "a <a> cat"]),
+        (("", "c.t"), ["a cat", "a c.t"], ["a <b> c.t"]),
+    ],
+)
+def test_every_concept_takes_the_place_of_its_class(
+    words: tuple[str, str], captions: list[str], expected: list[str]
+) -> None:
+    tokens = dict.fromkeys(("<a>", "<b>"), torch.zeros(1))
+    part = merge.Part(Concept({}, tokens), dict(zip(tokens, words, strict=True)))
+    prompts = merge.concept_prompts(part, captions)
+    assert prompts[-len(expected) :] == expected
+    assert set(prompts[: -len(expected)]) == set(merge.concept_prompts(part, []))
+
+
 def test_the_concepts_words_keep_their_keys_and_values(cat: Path, pot: Path, merged: Path, base_model: Path) -> None:
     both, first, second = load_concept(merged), load_concept(cat), load_concept(pot)
     assert list(both.tokens) == ["<new1>", "<new2>"]
