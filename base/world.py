@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+# Small and large things are called what training's own augmentation calls them.
+from data import LARGE_WORDS, SMALL_WORDS
+
 RESOLUTION = 64
 
 CAT_FACES = (
@@ -98,9 +101,6 @@ STYLES = {
 STYLED = 0.3
 
 TEMPLATES = ("photo of a {}", "photo of a {}", "photo of a {}", "a photo of a {}", "a {}", "{}")
-# The words that training's own augmentation puts before a prompt (CustomDiffusionDataset in data.py).
-SMALL_WORDS = ("a far away ", "very small ")
-LARGE_WORDS = ("zoomed in ", "close up ")
 
 
 @dataclass(frozen=True)

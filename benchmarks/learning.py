@@ -225,11 +225,14 @@ def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
     A set's cat faces are one cat with many expressions (`cat of noto`); other cats, which the concept has not, are left
     out. A herb and a potted plant have nothing in common, so each drawing stands for itself (`potted-plant of noto`).
     """
+    drawings = {drawing: drawing for drawing in world.NOUNS[noun]}
+    if noun == "cat":
+        drawings = dict.fromkeys(world.CAT_FACES, "cat")
     groups: dict[str, list[str]] = {}
     for name in icons:
         hand, drawing = name.split("/")
-        if drawing in (world.CAT_FACES if noun == "cat" else world.NOUNS[noun]):
-            groups.setdefault(f"{'cat' if noun == 'cat' else drawing} of {hand}", []).append(name)
+        if drawing in drawings:
+            groups.setdefault(f"{drawings[drawing]} of {hand}", []).append(name)
     return groups
 
 
@@ -251,8 +254,8 @@ class Judge:
 
     def nearest(self, pictures: np.ndarray) -> list[str]:
         """The nearest group's name for every one of uint8 pictures (n, h, w, 3)."""
-        similarity = image_features(self.encoder, pictures) @ self.references.T
-        return [list(self.noun_of)[i] for i in similarity.argmax(dim=1)]
+        similarity, groups = image_features(self.encoder, pictures) @ self.references.T, list(self.noun_of)
+        return [groups[i] for i in similarity.argmax(dim=1)]
 
     def share(self, pictures: np.ndarray, group: str) -> float:
         """Share of `pictures` that are nearest to `group`."""
