@@ -87,6 +87,19 @@ def loss_curves(work: Path, file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
+def claim(work: Path, flags: dict[str, object]) -> None:
+    """Note the `flags` that decide what is made in `work`.
+
+    Raises:
+        RuntimeError: where it was begun with others: its finished stages would be taken for those asked for now.
+    """
+    file, wanted = work / "flags.json", json.loads(json.dumps(flags, default=str))
+    if not file.exists():
+        file.write_text(json.dumps(wanted))
+    elif (former := json.loads(file.read_text())) != wanted:
+        raise RuntimeError(f"{str(work)!r} was begun with {former}, not {wanted}: give another --work, or remove it")
+
+
 def main() -> None:
     """Run what is missing of all stages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,6 +123,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     budget, work = SHORT if arguments.short else FULL, arguments.work
     work.mkdir(parents=True, exist_ok=True)
+    claim(work, {name: value for name, value in vars(arguments).items() if name not in ("work", "threads")})
     known = frozenset(name for names in world.NOUNS.values() for name in names)
     # The VAE alone learns from drawings of other things too.
     icons = load_icons(work, only=known if arguments.short or former else None)

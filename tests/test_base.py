@@ -208,7 +208,11 @@ def test_the_concept_list_works_as_it_stands() -> None:
         assert len(list((ROOT / concept["instance_data_dir"]).glob("*.png"))) == 5
 
 
-def test_making_it_anew_without_npm_says_what_is_missing(tmp_path: Path) -> None:
-    result = run_script(sys.executable, "-m", "base.make", "--short", "--work", tmp_path, PATH=str(tmp_path))
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: the emoji come from npm's registry")
+def test_making_it_anew_says_what_is_missing_or_that_the_folder_is_taken(tmp_path: Path) -> None:
+    command = sys.executable, "-m", "base.make", "--short", "--work", tmp_path
+    without_npm = run_script(*command, PATH=str(tmp_path))
+    assert without_npm.returncode == 1
+    assert without_npm.stderr.splitlines()[-1].startswith("error: the emoji come from npm's registry")
+    other_flags = run_script(*command, "--seed=1", PATH=str(tmp_path))
+    assert other_flags.returncode == 1
+    assert other_flags.stderr.splitlines()[-1].endswith("give another --work, or remove it")
