@@ -210,6 +210,8 @@ def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | 
     else:
         advice = "give another --output_dir, or --overwrite"
         check_settings(settings, folder / SETTINGS_NAME, advice)
+        if list_checkpoints(folder):
+            logger.info("%s has checkpoints: this starts anew, --resume_from_checkpoint=latest would go on", folder)
     write_settings(settings, folder)
 
 
@@ -233,6 +235,16 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a data worker, as its ``worker_init_fn``, ignore what :class:`StopSignal` notes.
+
+    A terminal, ``timeout`` and batch systems send signals to a whole process group, and a worker that dies of one takes
+    the step and the checkpoint with it. Workers end when the run closes them, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignal:

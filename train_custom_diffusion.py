@@ -63,6 +63,7 @@ from checkpoints import (
     describe_settings,
     find_checkpoint,
     last_checkpoint,
+    leave_signals_to_the_run,
     list_checkpoints,
     make_output_dir,
     put_checkpoint,
@@ -973,6 +974,7 @@ def training_batches(run: Run, first_step: int) -> Iterator[dict[str, Tensor]]:
             num_train_timesteps=run.inputs.noise_scheduler.config.num_train_timesteps,
         ),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_the_run,
         pin_memory=on_gpu,
     )
     for batch in loader:
