@@ -538,10 +538,10 @@ Cross-attention weights and new words for {concept.base_model or "a Stable Diffu
 
 ## Use it
 
-With the project that made it:
+With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
 
 ```bash
-python infer.py --model_dir . --prompt "{prompt}"
+python infer.py --model_dir this-folder --prompt "{prompt}"
 ```
 
 With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
@@ -550,7 +550,7 @@ With diffusers alone (`load_attn_procs` silently loads nothing unless it is give
 import torch
 from diffusers import DiffusionPipeline
 
-model = "."  # this folder, or its name on the Hub
+model = "."  # the path of this folder, or its name on the Hub
 base_model = "{concept.base_model or "the model above"}"
 pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16).to("cuda")
 pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline=pipeline)
