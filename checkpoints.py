@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -248,22 +249,34 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that a run ends after its step with a checkpoint; a second one ends it at once."""
+    """Notes SIGINT and SIGTERM, so that a run ends after its step with a checkpoint; a second one ends it at once.
+
+    Within `ECHO_SECONDS` it is the same one: torchrun passes on what the whole process group has got already.
+    """
+
+    ECHO_SECONDS = 1.0
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.number: int | None = None
+        self._noted: float | None = None
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:
-        self.number = number
-        self.restore()
+        now = time.monotonic()
+        if self._noted is None:
+            self.number, self._noted = number, now
+        elif now - self._noted > self.ECHO_SECONDS:
+            self.restore()
+            signal.raise_signal(number)
 
     def __enter__(self) -> StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.restore()
+        # A noted one may still have its echo to come.
+        if self._noted is None:
+            self.restore()
 
     def restore(self) -> None:
         """Let signals do again what they did before."""
