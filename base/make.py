@@ -18,6 +18,8 @@ from base import train_text_encoder, train_unet, train_vae, world
 from base.emoji import load_icons
 from base.progress import device
 from base.score import generated, scores
+from checkpoints import SETTINGS_NAME, check_settings, write_settings
+from pictures import UsageError
 
 # Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
 FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
@@ -87,19 +89,6 @@ def loss_curves(work: Path, file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
-def claim(work: Path, flags: dict[str, object]) -> None:
-    """Note the `flags` that decide what is made in `work`.
-
-    Raises:
-        RuntimeError: where it was begun with others: its finished stages would be taken for those asked for now.
-    """
-    file, wanted = work / "flags.json", json.loads(json.dumps(flags, default=str))
-    if not file.exists():
-        file.write_text(json.dumps(wanted))
-    elif (former := json.loads(file.read_text())) != wanted:
-        raise RuntimeError(f"{str(work)!r} was begun with {former}, not {wanted}: give another --work, or remove it")
-
-
 def main() -> None:
     """Run what is missing of all stages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,7 +112,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     budget, work = SHORT if arguments.short else FULL, arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    claim(work, {name: value for name, value in vars(arguments).items() if name not in ("work", "threads")})
+    # The finished stages of a run with other flags would be taken for those asked for now.
+    flags = {name: str(value) for name, value in vars(arguments).items() if name not in ("work", "threads")}
+    check_settings(flags, work / SETTINGS_NAME, "give another --work, or remove it")
+    write_settings(flags, work)
     known = frozenset(name for names in world.NOUNS.values() for name in names)
     # The VAE alone learns from drawings of other things too.
     icons = load_icons(work, only=known if arguments.short or former else None)
@@ -167,5 +159,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RuntimeError as error:
+    except (RuntimeError, UsageError) as error:
         raise SystemExit(f"error: {error}") from error
