@@ -4,6 +4,9 @@ torch keeps the input of every convolution for the gradient of its weights, froz
 all factors, one of which is quickly computed again. That is a quarter of what a step on Stable Diffusion's UNet keeps
 (benchmarks/README.md), and the gradients are the same to the last bit. Where pictures have become few pixels, oneDNN
 copies a convolution's weights into another layout at every call, which takes longer than to multiply with them.
+
+What else is kept goes with the number of pixels, so that the widest transformer blocks keep most of it and are worth
+computing twice.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
@@ -89,3 +93,20 @@ def keep_less(model: nn.Module) -> None:
             layer.__class__ = FrozenConv2d
         elif type(layer) is GEGLU:
             layer.__class__ = FrozenGEGLU
+
+
+def recompute_wide_blocks(unet: UNet2DConditionModel, latent_size: int) -> None:
+    """Let transformer blocks of more pixels than channels keep only their input, and be computed again backwards.
+
+    The blocks of every level do about the same arithmetic. In Stable Diffusion's shape at 256 px those of the first
+    level alone, a third of it, keep more than all others together (benchmarks/README.md).
+
+    Args:
+        latent_size: side of the latents of the training pictures.
+    """
+    for level, blocks in enumerate(zip(unet.down_blocks, reversed(unet.up_blocks), strict=True)):
+        pixels = (latent_size >> level) ** 2
+        for block in blocks:
+            for transformer in getattr(block, "attentions", ()):
+                if pixels > transformer.inner_dim:
+                    transformer.enable_gradient_checkpointing()

@@ -90,8 +90,16 @@ from data import (
     position_batches,
     read_concepts,
 )
-from frozen_layers import keep_less
-from machine import build_accelerator, computes_bf16, peak_memory, release_pages, return_freed_memory, use_all_cores
+from frozen_layers import keep_less, recompute_wide_blocks
+from machine import (
+    build_accelerator,
+    computes_bf16,
+    peak_memory,
+    release_pages,
+    return_freed_memory,
+    trim_heap,
+    use_all_cores,
+)
 from pictures import UsageError, write_image, write_whole
 from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
 
@@ -197,7 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_weight_decay", type=float, default=1e-2, help="Adam's weight decay.")
     add("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
-    add("--set_grads_to_none", **is_on, help="Drop gradients between steps rather than zero them.")
+    add("--set_grads_to_none", **is_on,
+        help="Drop gradients between steps rather than zero them: always so here, since it changes nothing but memory.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Precision of the frozen model; what is trained stays fp32. If not given, accelerate's configuration.")
     add("--allow_tf32", **is_on, help="TF32 matrix products, on Ampere GPUs and later.")
@@ -874,6 +883,8 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    elif accelerator.device.type == "cpu":
+        recompute_wide_blocks(model.unet, inputs.latent_size)
     if args.torch_compile:
         model.compile_unet()
     return model
@@ -1069,7 +1080,7 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
                     accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                 run.optimizer.step()
                 run.lr_scheduler.step()
-                run.optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+                run.optimizer.zero_grad(set_to_none=True)
             losses = losses + torch.stack([loss, *parts]).detach()
             if not accelerator.sync_gradients:
                 continue
@@ -1180,6 +1191,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     try:
+        trim_heap()  # room for the copies that are written
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             concept = run.learned()

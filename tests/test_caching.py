@@ -262,6 +262,17 @@ def test_torch_compile_leaves_the_model_as_it_is_for_pictures(
     assert train_custom_diffusion.validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
 
 
+def test_a_cpu_keeps_little_of_wide_blocks_and_no_gradients_between_steps(
+    start: Callable[[list[str]], Run], base_model: Path, tmp_path: Path
+) -> None:
+    run = start(command(base_model, tmp_path, "out", resolution=128, max_train_steps=1))
+    train(run, first_step=0)
+    assert all(parameter.grad is None for parameter in run.module.trained().values())
+    unet = run.module.unet
+    assert unet.down_blocks[0].attentions[0].gradient_checkpointing
+    assert not unet.mid_block.attentions[0].gradient_checkpointing
+
+
 # --- captions ------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from frozen_layers import keep_less
+from frozen_layers import keep_less, recompute_wide_blocks
 from train_custom_diffusion import CustomDiffusion, add_modifier_tokens, custom_diffusion_loss
 
 
@@ -143,35 +143,54 @@ def test_what_is_trained_stays_full_precision(base_model: Path, dtype: torch.dty
 # --- frozen layers -------------------------------------------------------------------------------
 
 
+def prediction_and_gradient(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the UNet predicts for fixed latents of 16 x 16, and the gradient of the text features."""
+    generator = torch.Generator().manual_seed(0)
+    latents, features = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32)))
+    features.requires_grad_(True)
+    prediction = unet(latents, torch.tensor([10, 900]), features).sample
+    prediction.square().sum().backward()
+    return prediction, features.grad
+
+
+def kept_bytes(unet: UNet2DConditionModel) -> int:
+    """Bytes of the activations that this keeps until the backward pass."""
+    weights = {value.untyped_storage().data_ptr() for value in unet.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction_and_gradient(unet)
+    return sum(size for storage, size in kept.items() if storage not in weights)
+
+
+def frozen_unet(base_model: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(base_model / "unet").requires_grad_(False)
+
+
 def test_frozen_layers_keep_less_for_the_same_gradients(base_model: Path) -> None:
-    def run(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Prediction, gradient of the text features, and bytes of activations that were kept for it."""
-        weights = {value.untyped_storage().data_ptr() for value in unet.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        generator = torch.Generator().manual_seed(0)
-        latents, features = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32)))
-        features.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            prediction = unet(latents, torch.tensor([10, 900]), features).sample
-        prediction.square().sum().backward()
-        return prediction, features.grad, sum(size for storage, size in kept.items() if storage not in weights)
-
-    folder = base_model / "unet"
-    plain, lean = (UNet2DConditionModel.from_pretrained(folder).requires_grad_(False) for _ in range(2))
+    plain, lean = frozen_unet(base_model), frozen_unet(base_model)
     names = list(lean.state_dict())
     keep_less(lean)
-    prediction, gradient, kept = run(lean)
-    plain_prediction, plain_gradient, plain_kept = run(plain)
-    assert torch.equal(prediction, plain_prediction)
-    assert torch.equal(gradient, plain_gradient)
-    assert kept < 0.8 * plain_kept
+    for value, wanted in zip(prediction_and_gradient(lean), prediction_and_gradient(plain), strict=True):
+        assert torch.equal(value, wanted)
+    assert kept_bytes(lean) < 0.8 * kept_bytes(plain)
     assert list(lean.state_dict()) == names
+
+
+def test_wide_blocks_are_computed_again_for_the_same_gradients(base_model: Path) -> None:
+    plain, lean = frozen_unet(base_model), frozen_unet(base_model)
+    kept = kept_bytes(lean)
+    recompute_wide_blocks(lean, latent_size=4)
+    assert kept_bytes(lean) == kept, "16 pixels are fewer than the channels of any block"
+    recompute_wide_blocks(lean, latent_size=16)
+    assert kept_bytes(lean) < 0.6 * kept
+    for value, wanted in zip(prediction_and_gradient(lean), prediction_and_gradient(plain), strict=True):
+        assert torch.equal(value, wanted)
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"dilation": 2, "bias": False}])
