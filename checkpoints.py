@@ -211,8 +211,6 @@ def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | 
     else:
         advice = "give another --output_dir, or --overwrite"
         check_settings(settings, folder / SETTINGS_NAME, advice)
-        if list_checkpoints(folder):
-            logger.info("%s has checkpoints: this starts anew, --resume_from_checkpoint=latest would go on", folder)
     write_settings(settings, folder)
 
 

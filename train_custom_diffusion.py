@@ -954,7 +954,8 @@ def resume(run: Run) -> int:
         if present and run.args.resume_from_checkpoint is None:
             logger.warning(
                 f"{run.args.output_dir!r} holds checkpoints of an earlier run, up to {present[-1].name}; "
-                "this run starts afresh and replaces those of the same steps"
+                "this run starts afresh and replaces those of the same steps; "
+                "--resume_from_checkpoint=latest would go on"
             )
         return 0
     run.module.restore(load_concept(path))
