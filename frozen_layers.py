@@ -11,6 +11,8 @@ computing twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,18 +97,59 @@ def keep_less(model: nn.Module) -> None:
             layer.__class__ = FrozenGEGLU
 
 
-def recompute_wide_blocks(unet: UNet2DConditionModel, latent_size: int) -> None:
-    """Let transformer blocks of more pixels than channels keep only their input, and be computed again backwards.
+class FrozenGroupNorm(nn.GroupNorm):
+    """A normalisation whose result knows how to be computed again from what the normalisation keeps anyway."""
 
-    The blocks of every level do about the same arithmetic. In Stable Diffusion's shape at 256 px those of the first
-    level alone, a third of it, keep more than all others together (benchmarks/README.md).
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.GroupNorm`."""
+        normalized = super().forward(x)
+        normalized.recompute = partial(super().forward, x)
+        return normalized
+
+
+@torch.no_grad()
+def _without_gradients(compute: Callable[[], Tensor]) -> Tensor:
+    return compute()
+
+
+class FrozenSiLU(nn.SiLU):
+    """An activation that does not keep what a `FrozenGroupNorm` gives it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.SiLU`."""
+        recompute = getattr(x, "recompute", None)
+        if recompute is None:
+            return super().forward(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: recompute, _without_gradients):
+            return super().forward(x)
+
+
+def recompute_wide_layers(unet: UNet2DConditionModel, latent_size: int, least: int = 2**17) -> bool:
+    """Compute again backwards what is kept of many pixels, where that costs little: activations, transformer blocks.
+
+    A transformer block keeps some twenty times its input, and those of every level do about the same arithmetic. In
+    Stable Diffusion's shape at 256 px the blocks of the first two levels keep most of all there is
+    (benchmarks/README.md).
 
     Args:
         latent_size: side of the latents of the training pictures.
+        least: how many values of one picture, pixels times channels, are many.
+
+    Returns:
+        whether there is any transformer block of so many.
     """
-    for level, blocks in enumerate(zip(unet.down_blocks, reversed(unet.up_blocks), strict=True)):
+    levels = range(len(unet.down_blocks))
+    transformers = []
+    for level, block in zip([*levels, *reversed(levels)], [*unet.down_blocks, *unet.up_blocks], strict=True):
         pixels = (latent_size >> level) ** 2
-        for block in blocks:
-            for transformer in getattr(block, "attentions", ()):
-                if pixels > transformer.inner_dim:
-                    transformer.enable_gradient_checkpointing()
+        for resnet in block.resnets:
+            for norm in (resnet.norm1, resnet.norm2):
+                if type(norm) is nn.GroupNorm and pixels * norm.num_channels >= least:
+                    norm.__class__ = FrozenGroupNorm
+            if type(resnet.nonlinearity) is nn.SiLU:
+                resnet.nonlinearity.__class__ = FrozenSiLU
+        transformers += [layer for layer in getattr(block, "attentions", ()) if pixels * layer.inner_dim >= least]
+    # The backward pass begins with the last one, which keeping nothing would only make do everything twice.
+    for transformer in transformers[:-1]:
+        transformer.enable_gradient_checkpointing()
+    return bool(transformers)

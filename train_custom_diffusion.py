@@ -90,7 +90,7 @@ from data import (
     position_batches,
     read_concepts,
 )
-from frozen_layers import keep_less, recompute_wide_blocks
+from frozen_layers import keep_less, recompute_wide_layers
 from machine import (
     build_accelerator,
     computes_bf16,
@@ -621,6 +621,14 @@ class CustomDiffusion(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass rather than keep them."""
         self.unet.enable_gradient_checkpointing()
+        self._recompute_text()
+
+    def recompute_cheaply(self, latent_size: int) -> None:
+        """Compute again, of activations that take much memory, those that take little time."""
+        if recompute_wide_layers(self.unet, latent_size):
+            self._recompute_text()
+
+    def _recompute_text(self) -> None:
         if self.modifier_tokens.tokens:
             # transformers renames it; the older versions that we support know only the older name.
             enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
@@ -883,8 +891,9 @@ def load_model(args: argparse.Namespace, inputs: Inputs, accelerator: Accelerato
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    elif accelerator.device.type == "cpu":
-        recompute_wide_blocks(model.unet, inputs.latent_size)
+    # Compiled, torch itself chooses what to compute again.
+    elif accelerator.device.type == "cpu" and not args.torch_compile:
+        model.recompute_cheaply(inputs.latent_size)
     if args.torch_compile:
         model.compile_unet()
     return model

@@ -13,6 +13,7 @@ libraries; the line that looks up the initializer is mended on the fly.
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import itertools
 import json
 import os
@@ -60,6 +61,7 @@ class Row:
     Attributes:
         both, ours: flags of both scripts, and of ours alone.
         threads: of both; None for what each takes by itself.
+        preload: library that ours starts with, or with `preload_both` the example too.
         alone: whether ours runs without the example.
     """
 
@@ -71,6 +73,8 @@ class Row:
     both: tuple[str, ...] = ()
     ours: tuple[str, ...] = ()
     threads: int | None = None
+    preload: str | None = None
+    preload_both: bool = False
     alone: bool = False
     goal: Goal = field(default_factory=Goal)
 
@@ -107,9 +111,22 @@ def goal_rows(machine: str) -> list[Row]:
     """The project's goals on ``cpu`` or ``gpu``, and the README's recipes for small cards."""
     if machine == "cpu":
         bf16 = ("--mixed_precision=bf16",) * computes_bf16()
+        tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+        same = Row("the same threads, fp32", 256, 1, 4, threads=os.cpu_count())
+        rows = [
+            Row(
+                "each as documented, ours in bf16 if the CPU has it", 256, 1, 4,
+                ours=bf16, preload=tcmalloc, goal=Goal(4.0, 0.6),
+            ),
+            replace(same, preload=tcmalloc, goal=Goal(1.5, 0.7)),
+        ]  # fmt: skip
+        if tcmalloc is None:
+            print("tcmalloc, which the README advises on CPUs, is not installed: measured without", file=sys.stderr)
+            return rows
         return [
-            Row("each as documented, ours in bf16 if the CPU has it", 256, 1, 4, ours=bf16, goal=Goal(4.0, 0.6)),
-            Row("the same threads, fp32", 256, 1, 4, threads=os.cpu_count(), goal=Goal(1.5, 0.7)),
+            *rows,
+            replace(same, name="the same, neither with tcmalloc"),
+            replace(same, name="the same, both with tcmalloc", preload=tcmalloc, preload_both=True),
         ]
     bf16 = ("--mixed_precision=bf16",)
     documented = (*bf16, "--scale_lr", "--lr_warmup_steps=0", "--validation_prompt=<new1> cat sitting in a bucket")
@@ -137,6 +154,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="Runs of each script, alternating.")
     parser.add_argument("--threads", type=int, help="Threads for both; if not given, what each takes by itself.")
+    parser.add_argument("--preload", metavar="LIBRARY", help="Start ours with this, such as libtcmalloc_minimal.so.4.")
+    parser.add_argument("--preload_both", action="store_true", help="Start the example with it, too.")
     parser.add_argument("--ours", default="", help="Further flags of ours alone, in one argument.")
     parser.add_argument("--instance_data_dir", type=Path, help="Pictures; random ones if not given.")
     parser.add_argument("--example", type=Path, help="The example's train_custom_diffusion.py.")
@@ -204,6 +223,8 @@ def launch(script: Path, row: Row, ours: bool, model: Path, work: Path, count: b
     command += ["--count"] * count + [str(script), "--with_prior_preservation", "--hflip"]
     command += [f"--{name}={value}" for name, value in flags.items()] + [*row.both, *(row.ours if ours else ())]
     environment = os.environ | ({"OMP_NUM_THREADS": str(row.threads)} if row.threads else {})
+    if row.preload and (ours or row.preload_both):
+        environment["LD_PRELOAD"] = row.preload
     started = time.perf_counter()
     run = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     seconds = time.perf_counter() - started
@@ -269,6 +290,8 @@ def print_table(row: Row, medians: dict[str, Measurement], repeats: int) -> None
     """Print what a row took, and the ratios to the example."""
     threads = f"{row.threads} threads each" if row.threads else "launched as documented"
     flags = " ".join(row.both) + (f"; ours {' '.join(row.ours)}" if row.ours else "")
+    if row.preload:
+        flags += f"; {'both' if row.preload_both else 'ours'} with {row.preload}"
     print(f"\n{row.name}: {row.resolution} px, batch {row.train_batch_size} + prior, {row.steps} steps, ", end="")
     print(f"{row.class_images} class images, {threads} {flags}; median of {repeats}\n")
     print(f"| | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
@@ -334,6 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tuple(args.extra),
             tuple(shlex.split(args.ours)),
             args.threads,
+            args.preload,
+            args.preload_both,
         )
         if len(args.class_images) > 1:
             show_class_images(args.class_images, row, scripts, model, work)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from frozen_layers import keep_less, recompute_wide_blocks
+from frozen_layers import keep_less, recompute_wide_layers
 from train_custom_diffusion import CustomDiffusion, add_modifier_tokens, custom_diffusion_loss
 
 
@@ -182,13 +183,36 @@ def test_frozen_layers_keep_less_for_the_same_gradients(base_model: Path) -> Non
     assert list(lean.state_dict()) == names
 
 
-def test_wide_blocks_are_computed_again_for_the_same_gradients(base_model: Path) -> None:
+def test_wide_layers_are_computed_again_for_the_same_gradients(base_model: Path) -> None:
     plain, lean = frozen_unet(base_model), frozen_unet(base_model)
-    kept = kept_bytes(lean)
-    recompute_wide_blocks(lean, latent_size=4)
-    assert kept_bytes(lean) == kept, "16 pixels are fewer than the channels of any block"
-    recompute_wide_blocks(lean, latent_size=16)
-    assert kept_bytes(lean) < 0.6 * kept
+    kept, many = kept_bytes(lean), 16 * 16 * lean.config.block_out_channels[0]
+    assert not recompute_wide_layers(lean, latent_size=16, least=100 * many)
+    assert kept_bytes(lean) == kept, "no layer has so many values"
+    assert recompute_wide_layers(lean, latent_size=16, least=many)
+    # All transformer blocks of the first level but the last, which the backward pass begins with.
+    assert kept_bytes(lean) < 0.66 * kept
+    for value, wanted in zip(prediction_and_gradient(lean), prediction_and_gradient(plain), strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_activations_of_wide_layers_do_not_keep_what_normalisations_give(base_model: Path) -> None:
+    plain, lean = frozen_unet(base_model), frozen_unet(base_model)
+    many = 16 * 16 * lean.config.block_out_channels[0]
+    recompute_wide_layers(lean, latent_size=16, least=many)
+    for layer in lean.modules():
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = False
+    given: list[int] = []
+
+    def note(_: object, __: object, normalized: torch.Tensor) -> None:
+        if normalized.requires_grad and normalized[0].numel() >= many:
+            given.append(normalized.nbytes)
+
+    for layer in plain.modules():
+        if isinstance(layer, ResnetBlock2D):
+            layer.norm1.register_forward_hook(note)
+            layer.norm2.register_forward_hook(note)
+    assert kept_bytes(plain) - kept_bytes(lean) == sum(given) > 0
     for value, wanted in zip(prediction_and_gradient(lean), prediction_and_gradient(plain), strict=True):
         assert torch.equal(value, wanted)
 
@@ -283,6 +307,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(base_model: Path) -> No
         model(**batch(model))[0].backward()
     for name, value in plain.trained().items():
         assert torch.allclose(value.grad, saving.trained()[name].grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_recomputing_on_a_cpu_gives_the_same_gradients(base_model: Path) -> None:
+    plain, saving = load(base_model), load(base_model)
+    saving.recompute_cheaply(latent_size=1024)  # as if every layer were wide
+    for model in (plain, saving):
+        model.train()
+        model(**batch(model))[0].backward()
+    for name, value in plain.trained().items():
+        assert torch.equal(value.grad, saving.trained()[name].grad), name
 
 
 def test_compiling_gives_the_same_gradients(base_model: Path) -> None:
