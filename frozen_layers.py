@@ -5,8 +5,8 @@ all factors, one of which is quickly computed again. That is a quarter of what a
 (benchmarks/README.md), and the gradients are the same to the last bit. Where pictures have become few pixels, oneDNN
 copies a convolution's weights into another layout at every call, which takes longer than to multiply with them.
 
-What else is kept goes with the number of pixels, so that the widest transformer blocks keep most of it and are worth
-computing twice.
+What else is kept goes with the number of pixels, so that the layers at the widest levels keep most of it. Of these some
+are worth computing twice: activations behind normalisations, which take no time, and transformer blocks.
 """
 
 from __future__ import annotations
@@ -64,17 +64,18 @@ class FrozenConv2d(nn.Conv2d):
         return _Convolution.apply(x, self.weight, self.bias, *geometry)
 
     def _is_small(self, x: Tensor) -> bool:
-        """Whether the pictures' patches are a small matrix beside the weights; measured on CPUs in fp32 alone."""
+        """Whether the pictures' patches are a small matrix beside the weights; measured on CPUs alone."""
         pixels = x.numel() // x.shape[1]
         plain = self.groups == 1 and not isinstance(self.padding, str)
-        return x.device.type == "cpu" and x.dtype == torch.float32 and plain and 4 * pixels <= self.out_channels
+        measured = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        return measured and plain and 4 * pixels <= self.out_channels
 
     def _product(self, x: Tensor) -> Tensor:
         """The convolution as a product of the weights with the patches; autograd keeps neither input nor patches."""
-        patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
-        products = self.weight.flatten(1) @ patches.transpose(0, 1).flatten(1)
-        if self.bias is not None:
-            products = products + self.bias[:, None]
+        # In fp32 there and back: overlapping patches' gradients are added up, which bf16 would round at each.
+        patches = F.unfold(x.float(), self.kernel_size, self.dilation, self.padding, self.stride).to(x.dtype)
+        weight, patches = self.weight.flatten(1), patches.transpose(0, 1).flatten(1)
+        products = weight @ patches if self.bias is None else torch.addmm(self.bias[:, None], weight, patches)
         height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0]
         return products.unflatten(1, (len(x), height + 1, -1)).transpose(0, 1).contiguous()
 

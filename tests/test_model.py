@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -219,19 +220,23 @@ def test_activations_of_wide_layers_do_not_keep_what_normalisations_give(base_mo
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"dilation": 2, "bias": False}])
 @pytest.mark.parametrize("pictures", [1, 2])
-def test_small_convolutions_copy_no_weights_and_give_the_same(options: dict[str, Any], pictures: int) -> None:
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
+def test_small_convolutions_copy_no_weights_and_give_the_same(
+    options: dict[str, Any], pictures: int, dtype: torch.dtype, error: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = torch.nn.Conv2d(24, 512, kernel_size=3, **options).requires_grad_(False)
-    x = torch.randn(pictures, 24, 8, 7, generator=generator, requires_grad=True)
-    wanted = layer(x)
-    weights = torch.randn(wanted.shape, generator=generator)
-    (wanted_gradient,) = torch.autograd.grad((wanted * weights).sum(), x)
+    layer = torch.nn.Conv2d(24, 512, kernel_size=3, **options).requires_grad_(False).to(dtype)
+    x = torch.randn(pictures, 24, 8, 7, generator=generator).to(dtype).requires_grad_(True)
+    exact, exact_x = copy.deepcopy(layer).float(), x.detach().float().requires_grad_(True)
+    wanted = exact(exact_x)
+    weights = torch.randn(wanted.shape, generator=generator).to(dtype)
+    (wanted_gradient,) = torch.autograd.grad(wanted, exact_x, weights.float())
     keep_less(layer)
     with torch.profiler.profile() as profile:
         result = layer(x)
-        (gradient,) = torch.autograd.grad((result * weights).sum(), x)
-    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-4)
+        (gradient,) = torch.autograd.grad(result, x, weights)
+    for value, exactly in ((result, wanted), (gradient, wanted_gradient)):
+        assert value.dtype == dtype and (value - exactly).norm() < error * exactly.norm()
     assert not any("convolution" in event.key for event in profile.key_averages())
 
 
