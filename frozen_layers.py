@@ -150,7 +150,7 @@ def recompute_wide_layers(unet: UNet2DConditionModel, latent_size: int, least: i
             if type(resnet.nonlinearity) is nn.SiLU:
                 resnet.nonlinearity.__class__ = FrozenSiLU
         transformers += [layer for layer in getattr(block, "attentions", ()) if pixels * layer.inner_dim >= least]
-    # The backward pass begins with the last one, which keeping nothing would only make do everything twice.
+    # The backward pass begins with the last one: to compute it twice would save nothing.
     for transformer in transformers[:-1]:
         transformer.enable_gradient_checkpointing()
     return bool(transformers)

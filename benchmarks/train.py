@@ -160,6 +160,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--instance_data_dir", type=Path, help="Pictures; random ones if not given.")
     parser.add_argument("--example", type=Path, help="The example's train_custom_diffusion.py.")
     args, args.extra = parser.parse_known_args(argv)
+    if args.preload_both and args.preload is None:
+        parser.error("--preload_both needs --preload")
     return args
 
 

@@ -23,6 +23,7 @@ import train_custom_diffusion
 from caching import read_posterior
 from concept import load_concept
 from data import CustomDiffusionDataset
+from frozen_layers import FrozenGroupNorm
 from pictures import UsageError
 from tests.conftest import draw_pictures, flags
 from train_custom_diffusion import Run, parse_args, prepare_run, train
@@ -262,15 +263,26 @@ def test_torch_compile_leaves_the_model_as_it_is_for_pictures(
     assert train_custom_diffusion.validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
 
 
-def test_a_cpu_keeps_little_of_wide_blocks_and_no_gradients_between_steps(
+def test_gradients_are_dropped_between_steps(
     start: Callable[[list[str]], Run], base_model: Path, tmp_path: Path
 ) -> None:
-    run = start(command(base_model, tmp_path, "out", resolution=128, max_train_steps=1))
+    run = start(command(base_model, tmp_path, "out", max_train_steps=1))
     train(run, first_step=0)
     assert all(parameter.grad is None for parameter in run.module.trained().values())
+
+
+@pytest.mark.parametrize(("resolution", "wide"), [(64, False), (768, True)])
+def test_a_cpu_keeps_little_of_wide_layers(
+    start: Callable[[list[str]], Run], base_model: Path, tmp_path: Path, resolution: int, wide: bool
+) -> None:
+    run = start(command(base_model, tmp_path, "out", resolution=resolution, max_train_steps=1))
     unet = run.module.unet
-    assert unet.down_blocks[0].attentions[0].gradient_checkpointing
-    assert not unet.mid_block.attentions[0].gradient_checkpointing
+    assert unet.down_blocks[0].attentions[0].gradient_checkpointing == wide
+    assert isinstance(unet.down_blocks[0].resnets[0].norm1, FrozenGroupNorm) == wide
+    assert run.module.text_encoder.is_gradient_checkpointing == wide
+    assert not unet.mid_block.attentions[0].gradient_checkpointing, "has few pixels"
+    last = unet.up_blocks[-1].attentions[-1]
+    assert not last.gradient_checkpointing, "is needed at once"
 
 
 # --- captions ------------------------------------------------------------------------------------
