@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import formats
-from concept import Concept, ConceptError, is_hub_id
-from pictures import UsageError, first_line
+from concept import Concept, UserError, is_hub_id
+from images import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class BaseModel:
         """Call a ``from_pretrained`` on it.
 
         Raises:
-            ConceptError: in one line, where the libraries' errors are pages.
+            UserError: in one line, where the libraries' errors are pages.
         """
         try:
             return loader(self.name, revision=self.revision, **options)
         except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, ...
             reason = first_line(error)
-            raise ConceptError(f"cannot load the base model {self.name!r}: {reason}") from error
+            raise UserError(f"cannot load the base model {self.name!r}: {reason}") from error
 
     def pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The whole pipeline."""
@@ -45,7 +45,7 @@ class BaseModel:
         """The UNet's weights under the keys of :attr:`concept.Concept.attention`, float32; the rest is not kept.
 
         Raises:
-            ConceptError: where the UNet has no such weights.
+            UserError: where the UNet has no such weights.
         """
         loader = UNet2DConditionModel.from_pretrained
         unet = self.load(loader, subfolder="unet", variant=self.variant, dtype=torch.float32)
@@ -53,7 +53,7 @@ class BaseModel:
         try:
             return {key: parameters[formats.parameter_name(key)].detach().clone() for key in keys}
         except KeyError as error:
-            raise ConceptError(f"the base model {self.name!r} has no {error.args[0]}: it is another model") from None
+            raise UserError(f"the base model {self.name!r} has no {error.args[0]}: it is another model") from None
 
     def text_models(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
         """Tokenizer and text encoder, the latter in float32."""
@@ -68,22 +68,22 @@ def find_base_model(
     """The base model of the command line, or else the one that the concepts' cards name.
 
     Raises:
-        ConceptError: where none is known, the cards disagree, or there is no such folder.
+        UserError: where none is known, the cards disagree, or there is no such folder.
     """
     known = {concept.base_model: concept.source for concept in concepts if concept.base_model}
     if given is None and len(known) > 1:
         (one, its), (other, others) = list(known.items())[:2]
-        raise ConceptError(
+        raise UserError(
             f"{its!r} was trained on {one!r} and {others!r} on {other!r}; "
             "if these are the same model, give --pretrained_model_name_or_path"
         )
     name = given or next(iter(known), None)
     if name is None:
-        raise ConceptError(
+        raise UserError(
             f"the card of {concepts[0].source!r} names no base model: give --pretrained_model_name_or_path"
         )
     if not Path(name).is_dir() and not is_hub_id(name):
-        raise ConceptError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
+        raise UserError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
     return BaseModel(name, revision, variant)
 
 
@@ -94,10 +94,10 @@ def load_pretrained(base: BaseModel, loader: Callable[..., Any], subfolder: str 
     """Call a ``from_pretrained`` or ``load_config`` on the base model that is to be trained.
 
     Raises:
-        UsageError: in one line that names the part, where the libraries' errors are pages.
+        UserError: in one line that names the part, where the libraries' errors are pages.
     """
     if not Path(base.name).is_dir() and not is_hub_id(base.name):
-        raise UsageError(f"there is no model folder {base.name!r} (--pretrained_model_name_or_path)")
+        raise UserError(f"there is no model folder {base.name!r} (--pretrained_model_name_or_path)")
     if subfolder is not None:
         options["subfolder"] = subfolder
     try:
@@ -110,50 +110,50 @@ def load_pretrained(base: BaseModel, loader: Callable[..., Any], subfolder: str 
             if Path(base.name).is_dir()
             else f"of {base.name!r} from the Hub, and no such folder is here"
         )
-        raise UsageError(f"cannot load the {what} {where} (--pretrained_model_name_or_path): {reason}") from error
+        raise UserError(f"cannot load the {what} {where} (--pretrained_model_name_or_path): {reason}") from error
 
 
 def load_tokenizer(base: BaseModel, name: str | None = None) -> CLIPTokenizer:
     """The base model's tokenizer, or another (folder or Hub id).
 
     Raises:
-        UsageError: where it cannot be loaded.
+        UserError: where it cannot be loaded.
     """
     if name is None:
         return load_pretrained(base, CLIPTokenizer.from_pretrained, "tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(name, revision=base.revision)
     except Exception as error:
-        raise UsageError(f"cannot load the tokenizer {name!r} (--tokenizer_name)") from error
+        raise UserError(f"cannot load the tokenizer {name!r} (--tokenizer_name)") from error
 
 
 def check_base_model(base: BaseModel, resolution: int) -> tuple[DDPMScheduler, int, int]:
     """Look at the model's configuration files, which are small, before any weights are read.
 
     Args:
-        resolution: side of the training pictures in pixels.
+        resolution: side of the training images in pixels.
 
     Returns:
         The noise scheduler, the number of latent channels and the side of the latents.
 
     Raises:
-        UsageError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
+        UserError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
     """
     index = load_pretrained(base, DiffusionPipeline.load_config)
     if "text_encoder_2" in index or "unet" not in index:
-        raise UsageError(
+        raise UserError(
             f"{base.name!r} is a {index.get('_class_name')}: Stable Diffusion 1.x and 2.x can be trained so far"
         )
     noise_scheduler = load_pretrained(base, DDPMScheduler.from_pretrained, "scheduler")
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UsageError(
+        raise UserError(
             f"the base model predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
         )
     vae_config = load_pretrained(base, AutoencoderKL.load_config, "vae")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     if resolution % factor:
         below = resolution // factor * factor
-        raise UsageError(
+        raise UserError(
             f"--resolution {resolution} is no multiple of {factor}, which the VAE needs: "
             f"take {below or factor} or {below + factor}"
         )

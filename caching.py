@@ -1,4 +1,4 @@
-"""What is computed once rather than at every step: the posteriors of pictures, and the text features of captions.
+"""What is computed once rather than at every step: the posteriors of images, and the text features of captions.
 
 What a run will draw is known before it starts (see :meth:`data.CustomDiffusionDataset.draw`), so nothing is encoded
 that no step will see, and nothing twice: encoding ahead never costs more than encoding at every step.
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from data import CustomDiffusionDataset, View
-from pictures import remove_half_written, write_whole
+from images import remove_half_written, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -40,9 +40,9 @@ CAPTIONS_AT_ONCE = 32
 
 @torch.no_grad()
 def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """What the VAE makes of pictures, before anything is drawn from it.
+    """What the VAE makes of images, before anything is drawn from it.
 
-    On a CPU one picture follows the other: sums then have the same order in every batch, so that a picture's values
+    On a CPU one image follows the other: sums then have the same order in every batch, so that an image's values
     are the same to the bit whenever it is encoded, and it is no slower (benchmarks/README.md).
 
     Args:
@@ -65,7 +65,7 @@ def sample_latents(posterior: Tensor, noise: Tensor, scaling_factor: float) -> T
     return (mean + std * noise) * scaling_factor
 
 
-def encode_pictures(
+def encode_images(
     dataset: CustomDiffusionDataset,
     positions: range,
     vae: AutoencoderKL,
@@ -83,7 +83,7 @@ def encode_pictures(
     dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, num_workers)
     drawn = len(positions) * (2 if dataset.class_images else 1)
     logger.info(
-        f"{len(views)} encoded pictures for the {drawn} that the steps will draw, in "
+        f"{len(views)} encoded images for the {drawn} that the steps will draw, in "
         f"{time.perf_counter() - started:.1f} s"
     )
 
@@ -116,8 +116,8 @@ def encode_views(
         dataset: renders the views.
         vae: on the accelerator's device, in the type to encode in.
         folder: where posteriors are kept as they are made, and found again by a later run. A file that is damaged
-            is made anew, and one of another picture, view, VAE or type has another name.
-        num_workers: processes that load the pictures.
+            is made anew, and one of another image, view, VAE or type has another name.
+        num_workers: processes that load the images.
 
     Returns:
         View to posterior (2, C, h, w), on the CPU.
@@ -145,7 +145,7 @@ def encode_views(
     at_once = 1 if accelerator.device.type == "cpu" else max(1, PIXELS_AT_ONCE // dataset.size**2)
     loader = DataLoader(_Rendered(dataset, share), batch_size=at_once, num_workers=num_workers)
     encoded: list[Tensor] = []
-    bar = partial(tqdm, desc="Encoding pictures", unit="picture", disable=not accelerator.is_local_main_process)
+    bar = partial(tqdm, desc="Encoding images", unit="image", disable=not accelerator.is_local_main_process)
     with bar(total=len(lacking)) as progress:
         for pixel_values in loader:
             for posterior in encode_posterior(vae, pixel_values.to(accelerator.device)).cpu():
@@ -258,7 +258,7 @@ def encode_captions(
     Returns:
         Caption to features (length, width), on the CPU.
     """
-    # One at a time on a CPU, as pictures are.
+    # One at a time on a CPU, as images are.
     at_once = 1 if device.type == "cpu" else CAPTIONS_AT_ONCE
     features: dict[str, Tensor] = {}
     for first in range(0, len(captions), at_once):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pictures import UsageError, first_line, remove_half_written, write_whole
+from images import UserError, first_line, remove_half_written, write_whole
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -68,7 +68,7 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
         name: a checkpoint in it, or ``latest``, or None.
 
     Raises:
-        UsageError: for a named checkpoint that is not there.
+        UserError: for a named checkpoint that is not there.
     """
     if name is None:
         return None
@@ -84,7 +84,7 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
         if path.name == wanted:
             return path
     there = ", ".join(path.name for path in present) or "none"
-    raise UsageError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
+    raise UserError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
 
 
 def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
@@ -122,10 +122,10 @@ def last_checkpoint(output_dir: Path) -> str:
     return f"the last good checkpoint is {str(present[-1])!r}" if present else "there is no checkpoint yet"
 
 
-def cannot_write(path: Path, error: Exception, output_dir: Path) -> UsageError:
+def cannot_write(path: Path, error: Exception, output_dir: Path) -> UserError:
     """The error of a full disk or a folder that cannot be written to."""
     reason = getattr(error, "strerror", None) or first_line(error)
-    return UsageError(
+    return UserError(
         f"{str(path)!r} cannot be written: {reason}; earlier files are intact, {last_checkpoint(output_dir)}"
     )
 
@@ -142,7 +142,7 @@ def describe_settings(
     """All that decides what a run learns, for comparison with another run.
 
     Args:
-        instance_images: the instance pictures with their prompts.
+        instance_images: the instance images with their prompts.
         concepts: with prior preservation, each with ``class_prompt``.
     """
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
@@ -158,7 +158,7 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
     """Compare with the settings that another run has left in a file, if it has.
 
     Raises:
-        UsageError: where they differ, with every difference.
+        UserError: where they differ, with every difference.
     """
     if not path.is_file():
         return
@@ -167,14 +167,14 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
         names = sorted(settings.keys() | others.keys())
         others = BEFORE_THE_FLAG | others
     except (ValueError, AttributeError) as error:
-        raise UsageError(f"{str(path)!r} is damaged: {advice}") from error
+        raise UserError(f"{str(path)!r} is damaged: {advice}") from error
     different = [
         f"{name} {_short(others.get(name))} -> {_short(settings.get(name))}"
         for name in names
         if others.get(name) != settings.get(name)
     ]
     if different:
-        raise UsageError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
+        raise UserError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
 
 
 def _short(value: Any) -> str:
@@ -186,21 +186,21 @@ def make_output_dir(folder: str) -> None:
     """Make the output folder.
 
     Raises:
-        UsageError: where that is not possible, before hours are spent on what cannot be saved.
+        UserError: where that is not possible, before hours are spent on what cannot be saved.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output_dir {folder!r} cannot be made: {error.strerror}") from error
+        raise UserError(f"--output_dir {folder!r} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"--output_dir {folder!r} cannot be written to")
+        raise UserError(f"--output_dir {folder!r} cannot be written to")
 
 
 def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:
     """Make sure that the output folder holds this run or none, and leave the settings in it.
 
     Raises:
-        UsageError: where another run is there, or was checkpointed; nothing of it is touched then.
+        UserError: where another run is there, or was checkpointed; nothing of it is touched then.
     """
     if checkpoint is not None:
         advice = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"

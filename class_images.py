@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from base_model import BaseModel, load_pretrained
 from machine import return_freed_memory
-from pictures import UsageError, readable_images, remove_half_written, write_image
+from images import UserError, readable_images, remove_half_written, write_image
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,7 +53,7 @@ def find_missing(
     """The folders that hold too few images, which are made where there are none, with the prompts that they lack.
 
     Raises:
-        UsageError: for a folder of real class images.
+        UserError: for a folder of real class images.
     """
     missing = []
     for concept in concepts:
@@ -63,7 +63,7 @@ def find_missing(
             remove_half_written(folder)
         accelerator.wait_for_everyone()
         if (folder / "images.txt").exists():
-            raise UsageError(
+            raise UserError(
                 f"{str(folder)!r} holds real class images, as retrieve.py brings them: add --real_prior, "
                 "or give another --class_data_dir for generated ones"
             )
@@ -100,7 +100,7 @@ def generate_class_images(
         precision: of the weights, one of :data:`PRECISIONS`; otherwise fp16 on a GPU and fp32 on a CPU.
 
     Raises:
-        UsageError: for a folder of real class images, and a base model that cannot be loaded.
+        UserError: for a folder of real class images, and a base model that cannot be loaded.
     """
     missing = find_missing(concepts, accelerator, num_images)
     if not missing:

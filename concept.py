@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from torch import Tensor, nn
 
 import formats
-from pictures import first_line, write_whole
+from images import first_line, write_whole
 
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
@@ -42,7 +42,7 @@ _NOT_IN_FILE_NAMES = '/\\:<>"|?*' if os.name == "nt" else "/\\:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class ConceptError(ValueError):
+class UserError(ValueError):
     """A concept that cannot be read, written or applied; the message is one line made for the user."""
 
 
@@ -77,24 +77,24 @@ def check_token_name(token: str) -> None:
     """Refuse a modifier token that could not safely be a file name of its own.
 
     Raises:
-        ConceptError: for a token that is empty, holds white space or control characters, is too long,
+        UserError: for a token that is empty, holds white space or control characters, is too long,
             or would be read as a path.
     """
     if not token:
-        raise ConceptError("a modifier token is empty; write for example --modifier_token '<new1>+<new2>'")
+        raise UserError("a modifier token is empty; write for example --modifier_token '<new1>+<new2>'")
     if any(character.isspace() or not character.isprintable() for character in token):
-        raise ConceptError(f"the modifier token {token!r} holds white space or an unprintable character")
+        raise UserError(f"the modifier token {token!r} holds white space or an unprintable character")
     if token.startswith(".") or any(character in token for character in _NOT_IN_FILE_NAMES):
-        raise ConceptError(
+        raise UserError(
             f"the modifier token {token!r} would be a path: each token becomes a file name, "
             f"so it must not start with '.' or hold any of {_NOT_IN_FILE_NAMES}"
         )
     if len(token.encode()) > MAX_TOKEN_BYTES:
-        raise ConceptError(
+        raise UserError(
             f"the modifier token {token[:20]!r}... is longer than {MAX_TOKEN_BYTES} bytes, too long for a file name"
         )
     if token == WEIGHTS_STEM:
-        raise ConceptError(f"the modifier token {token!r} is the name of the weights file; take another one")
+        raise UserError(f"the modifier token {token!r} is the name of the weights file; take another one")
 
 
 def is_hub_id(name: str) -> bool:
@@ -122,18 +122,18 @@ def new_folder(path: str | os.PathLike) -> Path:
     """Make a folder for a result.
 
     Raises:
-        ConceptError: where that is not possible, or the folder holds something: nothing there is replaced.
+        UserError: where that is not possible, or the folder holds something: nothing there is replaced.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         occupied = next(folder.iterdir(), None)
     except OSError as error:
-        raise ConceptError(f"--output_dir {str(path)!r} cannot be made: {error.strerror}") from error
+        raise UserError(f"--output_dir {str(path)!r} cannot be made: {error.strerror}") from error
     if occupied is not None:
-        raise ConceptError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
+        raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
     if not os.access(folder, os.W_OK):
-        raise ConceptError(f"--output_dir {str(path)!r} cannot be written to")
+        raise UserError(f"--output_dir {str(path)!r} cannot be written to")
     return folder
 
 
@@ -153,12 +153,12 @@ def save_concept(
         The names of the files written, relative to ``folder``.
 
     Raises:
-        ConceptError: for a token that cannot be a file name, values that are not finite, or differences whose base
+        UserError: for a token that cannot be a file name, values that are not finite, or differences whose base
             model is not known here; nothing is written then.
     """
     folder = Path(folder)
     if concept.differences:
-        raise ConceptError(f"{concept.source!r} is compressed: complete it with its base model before saving it")
+        raise UserError(f"{concept.source!r} is compressed: complete it with its base model before saving it")
     for token in concept.tokens:
         check_token_name(token)
     _check_finite(concept)
@@ -198,7 +198,7 @@ def load_concept(source: str | os.PathLike) -> Concept:
         source: folder, file of the authors', or Hub id; a revision follows the id as in ``owner/name@revision``.
 
     Raises:
-        ConceptError: where there is no concept, or a file is broken, would run code, or holds values that are
+        UserError: where there is no concept, or a file is broken, would run code, or holds values that are
             not finite.
     """
     path = _local_path(str(source))
@@ -211,7 +211,7 @@ def load_concept(source: str | os.PathLike) -> Concept:
         attention, tokens = _read_own_files(files)
         differences = {}
     if not attention and not differences and not tokens:
-        raise ConceptError(
+        raise UserError(
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
             "delta.bin; give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
         )
@@ -231,7 +231,7 @@ def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[
             attention = {key: value for key, value in content.items() if len(value) > 0}
             foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
             if foreign is not None:
-                raise ConceptError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
+                raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif set(content) == {stem} and isinstance(content[stem], Tensor) and content[stem].dim() == 1:
             # The clone leaves behind the whole embedding table that the example stores with each vector.
             tokens[stem] = content[stem].clone()
@@ -241,16 +241,16 @@ def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[
 def _check_finite(concept: Concept) -> None:
     for name, tensor in (concept.attention | concept.differences | concept.tokens).items():
         if not torch.isfinite(tensor).all():
-            raise ConceptError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
+            raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
 
 def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     try:
         attention, differences, tokens = formats.from_delta(_read_tensors(path))
-    except ConceptError:
+    except UserError:
         raise
     except ValueError as error:
-        raise ConceptError(f"{path} {error}") from error
+        raise UserError(f"{path} {error}") from error
     for token in tokens:
         check_token_name(token)
     # Clones as above: whoever saved these may have stored views too.
@@ -263,7 +263,7 @@ def _local_path(source: str) -> Path:
         return Path(source)
     name, _, revision = source.partition("@")
     if not _HUB_ID.fullmatch(name):
-        raise ConceptError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
+        raise UserError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
 
     def download(pattern: str) -> Path:
         wanted = partial(
@@ -275,7 +275,7 @@ def _local_path(source: str) -> Path:
         )
         size = sum(file.file_size or 0 for file in wanted(dry_run=True) if file.will_download)
         if size > MOST_DOWNLOADED_BYTES:
-            raise ConceptError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
+            raise UserError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
         return Path(wanted())
 
     try:
@@ -283,11 +283,11 @@ def _local_path(source: str) -> Path:
         folder = download("*.safetensors")
         if not (folder / f"{WEIGHTS_STEM}.safetensors").exists():
             folder = download("*.bin")
-    except ConceptError:
+    except UserError:
         raise
     except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
         reason = first_line(error)
-        raise ConceptError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
+        raise UserError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
     return folder
 
 
@@ -309,10 +309,10 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # safetensors, pickle, zip and struct errors all mean the same to the user
         if "weights_only" in str(error) or "Weights only" in str(error):
-            raise ConceptError(f"{path} holds more than tensors and could run code when read: refused") from error
-        raise ConceptError(f"{path} cannot be read: it is damaged or no weights file") from error
+            raise UserError(f"{path} holds more than tensors and could run code when read: refused") from error
+        raise UserError(f"{path} cannot be read: it is damaged or no weights file") from error
     if not isinstance(content, dict):
-        raise ConceptError(f"{path} cannot be read: it holds no table of weights")
+        raise UserError(f"{path} cannot be read: it holds no table of weights")
     return content
 
 
@@ -342,12 +342,12 @@ def complete(concept: Concept, base: Mapping[str, Tensor]) -> Concept:
         base: the base model's projections, keyed like ``attention``; for every key of ``differences``.
 
     Raises:
-        ConceptError: where a difference does not fit its projection.
+        UserError: where a difference does not fit its projection.
     """
     attention = dict(concept.attention)
     for key, difference in concept.differences.items():
         if key not in base or base[key].shape != difference.shape:
-            raise ConceptError(f"{_trained_on(concept)}; the base model given has no fitting {key!r}")
+            raise UserError(f"{_trained_on(concept)}; the base model given has no fitting {key!r}")
         attention[key] = base[key].float() + difference
     return replace(concept, attention=attention, differences={})
 
@@ -398,11 +398,11 @@ def apply_concepts(pipeline: Any, *concepts: Concept, scale: float = 1.0) -> App
         A handle whose ``remove()`` restores the pipeline exactly.
 
     Raises:
-        ConceptError: where a concept does not fit the pipeline or the others; nothing is changed then.
+        UserError: where a concept does not fit the pipeline or the others; nothing is changed then.
     """
     attention, tokens = _combine(concepts)
     if getattr(pipeline.unet, "_applied_concept", None) is not None:
-        raise ConceptError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
+        raise UserError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
     parameters = {key: _find_parameter(pipeline.unet, key, concept) for key, (_, concept) in attention.items()}
     for key, parameter in parameters.items():
         _check_fit(key, attention[key][0], parameter, attention[key][1], pipeline)
@@ -444,11 +444,11 @@ def _combine(concepts: Sequence[Concept]) -> tuple[_Owned, _Owned]:
     for concept in concepts:
         for token, vector in concept.tokens.items():
             if token in tokens:
-                raise ConceptError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
+                raise UserError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
             tokens[token] = (vector, concept)
         for key, weight in (concept.attention | concept.differences).items():
             if key in attention and not torch.equal(attention[key][0].float(), weight.float()):
-                raise ConceptError(
+                raise UserError(
                     f"{attention[key][1].source!r} and {concept.source!r} each trained their own attention weights; "
                     "one UNet can hold one set: merge them with merge.py, or train them together with --concepts_list"
                 )
@@ -463,16 +463,16 @@ def _find_parameter(unet: nn.Module, key: str, concept: Concept) -> nn.Parameter
         # A LoRA that was loaded before wraps the projection; the concept belongs into what it wraps.
         found = getattr(getattr(module, "base_layer", module), parameter)
     except AttributeError:
-        raise ConceptError(f"{_trained_on(concept)}; this pipeline's UNet has no {path}") from None
+        raise UserError(f"{_trained_on(concept)}; this pipeline's UNet has no {path}") from None
     if found.is_meta:
-        raise ConceptError("apply the concept before enabling offloading: the UNet's weights are not in memory")
+        raise UserError("apply the concept before enabling offloading: the UNet's weights are not in memory")
     return found
 
 
 def _check_fit(key: str, weight: Tensor, parameter: nn.Parameter, concept: Concept, pipeline: Any) -> None:
     if weight.shape != parameter.shape:
         here = getattr(pipeline, "name_or_path", None) or "this pipeline's model"
-        raise ConceptError(
+        raise UserError(
             f"{_trained_on(concept)}, with {key.split('.processor.')[1]} of shape {tuple(weight.shape)}; "
             f"{here!r} wants {tuple(parameter.shape)}: load the base model that the concept was trained on"
         )
@@ -485,14 +485,14 @@ def check_new_tokens(tokens: Mapping[str, tuple[Tensor, Concept]], tokenizer: An
         tokens: each with its embedding, (width,), and the concept that it is of.
 
     Raises:
-        ConceptError: for a token that the vocabulary has already, or of another width.
+        UserError: for a token that the vocabulary has already, or of another width.
     """
     vocabulary, width = tokenizer.get_vocab(), encoder.get_input_embeddings().embedding_dim
     for token, (vector, concept) in tokens.items():
         if token in vocabulary:
-            raise ConceptError(f"the token {token!r} of {concept.source!r} is in the tokenizer's vocabulary already")
+            raise UserError(f"the token {token!r} of {concept.source!r} is in the tokenizer's vocabulary already")
         if vector.shape != (width,):
-            raise ConceptError(
+            raise UserError(
                 f"{_trained_on(concept)}, with {token!r} of shape {tuple(vector.shape)}; the text encoder here wants "
                 f"{(width,)}: load the base model that the concept was trained on"
             )
@@ -513,13 +513,13 @@ def model_card(
     sample_images: Sequence[str] = (),
     origin: str = "trained",
 ) -> str:
-    """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample pictures.
+    """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample images.
 
     Args:
         concept: its ``base_model`` is named where there is one.
         prompts: the instance prompts of the training run.
         settings: what to tell about the run, for a table; must hold no secret.
-        sample_prompt, sample_images: prompt and file names (beside the card) of pictures to show.
+        sample_prompt, sample_images: prompt and file names (beside the card) of images to show.
         origin: how the weights were made, ``trained`` or ``merged``.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"

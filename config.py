@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pictures import write_whole
+from images import write_whole
 
 CONFIG_NAME = "config.yaml"
 # Secrets, who runs it, what a launcher sets, and the file itself have no place in a file that is passed on.

@@ -1,4 +1,4 @@
-"""Concepts, pictures and prompts: finding them, reading them as people see them, making samples of them."""
+"""Concepts, images and prompts: finding them, reading them as people see them, making samples of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
 from concept import is_hub_id
-from pictures import UsageError, first_line, load_image, readable_images
+from images import UserError, first_line, load_image, readable_images
 
 logger = logging.getLogger("custom_diffusion")
 
-# Before the prompts of pictures that the augmentation made much smaller, or larger (paper, appendix; the example).
+# Before the prompts of images that the augmentation made much smaller, or larger (paper, appendix; the example).
 SMALL_WORDS = ("a far away ", "very small ")
 LARGE_WORDS = ("zoomed in ", "close up ")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of an image folder's metadata, the first that there is
@@ -48,7 +48,7 @@ def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
         ``class_prompt`` and ``class_data_dir``.
 
     Raises:
-        UsageError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
+        UserError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
     """
     needed = ["instance_prompt", "instance_data_dir"]
     needed += ["class_prompt", "class_data_dir"] * args.with_prior_preservation
@@ -57,21 +57,21 @@ def read_concepts(args: argparse.Namespace) -> list[dict[str, str]]:
     else:
         concepts = _read_json(args.concepts_list)
         if not isinstance(concepts, list) or not concepts or not all(isinstance(entry, dict) for entry in concepts):
-            raise UsageError(
+            raise UserError(
                 f"{args.concepts_list} must hold a list of concepts, each an object with {', '.join(needed)}"
             )
         for number, concept in enumerate(concepts, 1):
             for key in needed:
                 if not isinstance(concept.get(key), str) or not concept[key]:
-                    raise UsageError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
+                    raise UserError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
     for concept in concepts:
         for key in needed:
             if not concept[key].isprintable():
-                raise UsageError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
+                raise UserError(f"{key} {concept[key]!r} holds line breaks or characters that are no text")
         name = concept["instance_data_dir"]
         if not Path(name).is_dir():
             if not is_hub_id(name.split("@")[0]):
-                raise UsageError(f"there is no folder {name!r} (instance_data_dir)")
+                raise UserError(f"there is no folder {name!r} (instance_data_dir)")
             concept["instance_data_dir"] = str(dataset_folder(name, Path(HF_HOME, "custom-diffusion")))
     return concepts
 
@@ -80,18 +80,18 @@ def _read_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
+        raise UserError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
     except ValueError as error:  # broken JSON and text that is not UTF-8
-        raise UsageError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
+        raise UserError(f"--concepts_list {path!r} is no valid JSON: {error}") from error
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 def find_instance_images(concepts: Sequence[dict[str, str]], tokens: Sequence[str] = ()) -> list[tuple[Path, str]]:
-    """All instance pictures with their prompts, in the order of their names.
+    """All instance images with their prompts, in the order of their names.
 
-    A picture's own caption (see :func:`find_captions`) is its prompt, and the concept's instance prompt where it has
+    An image's own caption (see :func:`find_captions`) is its prompt, and the concept's instance prompt where it has
     none.
 
     Args:
@@ -99,7 +99,7 @@ def find_instance_images(concepts: Sequence[dict[str, str]], tokens: Sequence[st
         tokens: the modifier tokens; a caption must hold one of those that its concept's prompt has.
 
     Raises:
-        UsageError: for a folder without a readable picture, and captions that cannot be read or hold no token.
+        UserError: for a folder without a readable image, and captions that cannot be read or hold no token.
     """
     pairs, left_out = [], []
     for concept in concepts:
@@ -108,13 +108,13 @@ def find_instance_images(concepts: Sequence[dict[str, str]], tokens: Sequence[st
         captions, caption_files = find_captions(folder, files)
         good, bad = readable_images([path for path in files if path not in caption_files])
         if not good:
-            raise UsageError(f"there is no readable picture in {str(folder)!r} (instance_data_dir)")
+            raise UserError(f"there is no readable image in {str(folder)!r} (instance_data_dir)")
         own = [token for token in tokens if token in concept["instance_prompt"]]
         without = [
             path.name for path in good if own and path in captions and not any(token in captions[path] for token in own)
         ]
         if without:
-            raise UsageError(
+            raise UserError(
                 f"in {str(folder)!r} the captions of {', '.join(without)} do not hold {' or '.join(own)}: "
                 f"write it into them, as in {concept['instance_prompt']!r}, or take these captions away"
             )
@@ -122,21 +122,21 @@ def find_instance_images(concepts: Sequence[dict[str, str]], tokens: Sequence[st
         left_out += bad
         if captions:
             count = sum(path in captions for path in good)
-            logger.info(f"{count} of {len(good)} pictures in {folder} have a caption of their own")
+            logger.info(f"{count} of {len(good)} images in {folder} have a caption of their own")
     if left_out:
-        logger.warning(f"left out, no readable picture: {', '.join(map(str, left_out))}")
+        logger.warning(f"left out, no readable image: {', '.join(map(str, left_out))}")
     return pairs
 
 
 def dataset_folder(name: str, cache: Path) -> Path:
-    """Bring the pictures of a Hugging Face dataset into a folder, with their captions beside them.
+    """Bring the images of a Hugging Face dataset into a folder, with their captions beside them.
 
     Args:
         name: the dataset's id on the Hub, ``owner/name`` or ``owner/name@revision``; its split ``train`` is taken.
         cache: where the folder is made; one that is there from an earlier run is used again.
 
     Raises:
-        UsageError: where the package ``datasets`` or the dataset is missing, or it has no pictures.
+        UserError: where the package ``datasets`` or the dataset is missing, or it has no images.
     """
     folder = cache / name.replace("/", "--")
     if folder.is_dir():
@@ -144,7 +144,7 @@ def dataset_folder(name: str, cache: Path) -> Path:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
+        raise UserError(
             f"there is no folder {name!r} (instance_data_dir); to take it for a dataset on the Hub, "
             "pip install -r requirements-datasets.txt"
         ) from error
@@ -153,20 +153,20 @@ def dataset_folder(name: str, cache: Path) -> Path:
         rows = datasets.load_dataset(repository, split="train", revision=revision or None)
     except Exception as error:  # datasets, the Hub client and pyarrow raise their own errors
         reason = first_line(error)
-        raise UsageError(
+        raise UserError(
             f"there is no folder {name!r} (instance_data_dir), and no such dataset with a split 'train' on the Hub: "
             f"{reason}"
         ) from error
-    picture = next((column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if picture is None:
-        raise UsageError(
-            f"the dataset {name!r} (instance_data_dir) has no column of pictures: {', '.join(rows.features)}"
+    image = next((column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise UserError(
+            f"the dataset {name!r} (instance_data_dir) has no column of images: {', '.join(rows.features)}"
         )
     caption = next((column for column in CAPTION_COLUMNS if column in rows.features), None)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache, prefix="."))
     for number, row in enumerate(rows):
-        row[picture].save(temporary / f"{number:05d}.png")
+        row[image].save(temporary / f"{number:05d}.png")
         if caption is not None and row[caption]:
             (temporary / f"{number:05d}.txt").write_text(str(row[caption]), encoding="utf-8")
     # Under its name only when it is complete; another process of the same run may have been first.
@@ -180,16 +180,16 @@ def dataset_folder(name: str, cache: Path) -> Path:
 
 
 def find_captions(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, str], set[Path]]:
-    """Captions of single pictures: ``photo.txt`` beside ``photo.jpg``, or a Hugging Face image folder's metadata.
+    """Captions of single images: ``photo.txt`` beside ``photo.jpg``, or a Hugging Face image folder's metadata.
 
     That is ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and one of ``text``, ``caption`` and ``prompt``;
     a text file of its own comes before it. Line breaks become spaces, an empty caption is none.
 
     Returns:
-        Picture to caption, and the files that were read for it.
+        Image to caption, and the files that were read for it.
 
     Raises:
-        UsageError: for files that cannot be read, and metadata about pictures that are not there.
+        UserError: for files that cannot be read, and metadata about images that are not there.
     """
     captions: dict[Path, str] = {}
     read: set[Path] = set()
@@ -199,7 +199,7 @@ def find_captions(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, str],
             read.add(path)
             for name, caption in _read_metadata(path):
                 if folder / name not in files:
-                    raise UsageError(f"{str(path)!r} has a caption for {name!r}, which is not in the folder")
+                    raise UserError(f"{str(path)!r} has a caption for {name!r}, which is not in the folder")
                 captions[folder / name] = caption
     for path in files:
         if path.suffix.lower() == ".txt" and path.stem in stems:
@@ -213,7 +213,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_metadata(path: Path) -> list[tuple[str, str]]:
@@ -224,12 +224,12 @@ def _read_metadata(path: Path) -> list[tuple[str, str]]:
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
     pairs = []
     for number, row in enumerate(rows, 1):
         column = next((name for name in CAPTION_COLUMNS if isinstance(row, dict) and row.get(name) is not None), None)
         if column is None or not isinstance(row.get("file_name"), str) or not isinstance(row[column], str):
-            raise UsageError(f"{str(path)!r}: entry {number} needs file_name and one of {', '.join(CAPTION_COLUMNS)}")
+            raise UserError(f"{str(path)!r}: entry {number} needs file_name and one of {', '.join(CAPTION_COLUMNS)}")
         pairs.append((row["file_name"], row[column]))
     return pairs
 
@@ -240,7 +240,7 @@ def find_class_images(
     """The class images with their prompts: at most ``num_class_images`` per concept.
 
     Raises:
-        UsageError: where a concept has too few real class images; the message holds the command that gets them.
+        UserError: where a concept has too few real class images; the message holds the command that gets them.
     """
     pairs, left_out = [], []
     for concept in concepts:
@@ -255,14 +255,14 @@ def find_class_images(
             readable, unreadable = readable_images(paths[:num_class_images])
             good, bad, paths = good + readable, bad + unreadable, paths[num_class_images:]
         if real_prior and len(good) < num_class_images:
-            raise UsageError(
+            raise UserError(
                 f"{str(folder)!r} has {len(good)} readable class images of the {num_class_images} wanted; "
                 f"get them with: {_retrieve_command(concept, num_class_images)}"
             )
         pairs += [(path, captions[path]) for path in good[:num_class_images]]
         left_out += bad
     if left_out:
-        logger.warning(f"left out, no readable picture: {', '.join(map(str, left_out))}")
+        logger.warning(f"left out, no readable image: {', '.join(map(str, left_out))}")
     return pairs
 
 
@@ -281,9 +281,9 @@ def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
             # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
             lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
+            raise UserError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
     if len(lines["images.txt"]) != len(lines["caption.txt"]):
-        raise UsageError(
+        raise UserError(
             f"in {str(folder)!r} images.txt has {len(lines['images.txt'])} lines and caption.txt has "
             f"{len(lines['caption.txt'])}: captions would go to the wrong images; get them anew with: {command}"
         )
@@ -304,12 +304,12 @@ def _retrieved_path(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is shown: all that decides its pixels.
+    """How an image is shown: all that decides its pixels.
 
     Attributes:
-        path: of the picture.
+        path: of the image.
         flip: whether it is mirrored.
-        scale: side in pixels of an instance picture's centre square; None for a class image, which is cropped to a
+        scale: side in pixels of an instance image's centre square; None for a class image, which is cropped to a
             square of its shorter side and fills the canvas.
         top, left: where it lies on the canvas, or is cropped, in parts of the room that there is: at least 0, below 1.
     """
@@ -338,7 +338,7 @@ class Sample:
 
 
 class CustomDiffusionDataset(Dataset):
-    """Instance pictures (and class images beside them) with their prompts, augmented and tokenised.
+    """Instance images (and class images beside them) with their prompts, augmented and tokenised.
 
     The dataset is an endless stream: item p is sample ``p % len(self)`` of epoch ``p // len(self)``. What it looks
     like depends on seed, epoch and sample alone, not on workers, processes or restarts, so that a resumed run and
@@ -348,20 +348,20 @@ class CustomDiffusionDataset(Dataset):
         instance_images: paths and prompts, as :func:`find_instance_images` gives them.
         class_images: alike, as :func:`find_class_images` gives them; none without prior preservation.
         tokenizer: knows the modifier tokens.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         mask_size: side of the latents, ``size`` divided by the VAE's factor.
         center_crop: crop class images at the centre rather than at random.
-        hflip: mirror half of the pictures.
+        hflip: mirror half of the images.
         aug: the resize augmentation of the paper's appendix, with its prompt words.
         seed: seed of the order and of every sample.
-        variants: how many augmentations of each instance picture there are to draw from; a class image then has one
+        variants: how many augmentations of each instance image there are to draw from; a class image then has one
             random crop, and another when it is mirrored. None: no two samples are alike.
         cutmix_probability: share of the steps that show two concepts, or class images of two, beside each other, with
             a prompt that names both (after the Cut-Mix of SVDiff, Han et al. 2023). There both are cropped into one
-            square; here they stay whole, in a picture twice as wide. Concepts are told apart by their folders.
+            square; here they stay whole, in an image twice as wide. Concepts are told apart by their folders.
         samples_per_step: how many samples, of all processes, make a step: they are all pairs or none, so that a batch
             has one shape.
-        padding_mode: what surrounds a picture that the augmentation made smaller: "constant", grey, which the mask
+        padding_mode: what surrounds an image that the augmentation made smaller: "constant", grey, which the mask
             leaves out; or "edge", its outermost pixels continued, which the mask takes in.
 
     Attributes:
@@ -416,7 +416,7 @@ class CustomDiffusionDataset(Dataset):
         return self._order_of[1]
 
     def draw(self, position: int) -> Sample:
-        """Decide what an item is made of; no picture is read for it."""
+        """Decide what an item is made of; no image is read for it."""
         epoch, sample = divmod(position, len(self))
         index = int(self._order(epoch)[sample])
         random = np.random.default_rng((self.seed, epoch, index))
@@ -435,7 +435,7 @@ class CustomDiffusionDataset(Dataset):
         return Sample((instance,), prompt, class_image, class_prompt, noise_seed)
 
     def _has_variants(self) -> bool:
-        """Whether there is so much to draw for an instance picture that it is drawn from a limited number."""
+        """Whether there is so much to draw for an instance image that it is drawn from a limited number."""
         return self.variants is not None and self.aug
 
     def _shows_pair(self, position: int) -> bool:
@@ -449,7 +449,7 @@ class CustomDiffusionDataset(Dataset):
         path, prompt = self.instance_images[number]
         flip = random.random() < self.flip_probability
         scale, words = self._draw_scale(random)
-        # Where there is no room, there is but one view of the picture.
+        # Where there is no room, there is but one view of the image.
         top, left = (0.0, 0.0) if scale == self.size else map(float, random.random(2))
         return View(path, flip, scale, top, left), words + prompt
 
@@ -480,7 +480,7 @@ class CustomDiffusionDataset(Dataset):
         return Sample(*drawn, noise_seed)
 
     def _draw_scale(self, random: np.random.Generator) -> tuple[int, str]:
-        """Side of the picture in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
+        """Side of the image in pixels, and the words that say so in the prompt (paper, appendix; the example)."""
         if not self.aug:
             return self.size, ""
         if random.random() < 0.66:
@@ -530,9 +530,9 @@ class CustomDiffusionDataset(Dataset):
             (mask_size, mask_size), 1 where the loss counts (:meth:`mask`); ``instance_prompt_ids``
             (model_max_length,); with prior preservation ``class_images``, ``class_mask`` (all ones) and
             ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`collate_fn` draws noise and timesteps.
-            Where the pictures are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
+            Where the images are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
             ``class_posterior`` take the place of the images; where the captions are, ``instance_text`` and
-            ``class_text`` (model_max_length, text width) that of the ids. Two pictures beside each other are twice
+            ``class_text`` (model_max_length, text width) that of the ids. Two images beside each other are twice
             as wide, and so are their masks and posteriors.
         """
         sample = self.draw(position)
@@ -555,8 +555,8 @@ class CustomDiffusionDataset(Dataset):
     def render(self, view: View) -> Tensor:
         """The pixels of a view, (3, size, size) in [-1, 1].
 
-        An instance picture's centre square is laid on a canvas, or cropped to the canvas. The example squashes the
-        whole picture into the square; the authors' code keeps its proportions, and so does this.
+        An instance image's centre square is laid on a canvas, or cropped to the canvas. The example squashes the
+        whole image into the square; the authors' code keeps its proportions, and so does this.
         """
         image = self._image(view)
         if view.scale is None:
@@ -574,14 +574,14 @@ class CustomDiffusionDataset(Dataset):
         return TF.pad(pixels, [left, top, room - left, room - top], padding_mode=self.padding_mode)
 
     def _image(self, view: View) -> Image.Image:
-        # Where views are encoded, those of a picture follow each other: it is decoded once then.
+        # Where views are encoded, those of an image follow each other: it is decoded once then.
         if self._last_image is None or self._last_image[0] != view.path:
             self._last_image = (view.path, load_image(view.path))
         image = self._last_image[1]
         return ImageOps.mirror(image) if view.flip else image
 
     def mask(self, view: View) -> Tensor:
-        """Which latents count: (mask_size, mask_size), 1 inside the picture and 0 outside."""
+        """Which latents count: (mask_size, mask_size), 1 inside the image and 0 outside."""
         factor = self.size // self.mask_size
         mask = torch.zeros(self.mask_size, self.mask_size)
         if view.scale is None or view.scale >= self.size or self.padding_mode == "edge":
@@ -618,7 +618,7 @@ def numbers_elsewhere(images: Sequence[tuple[Path, str]]) -> dict[Path, list[int
 
 
 def side_by_side(left: str, right: str) -> str:
-    """A prompt for two pictures beside each other: that they are a "photo of" something is said once.
+    """A prompt for two images beside each other: that they are a "photo of" something is said once.
 
     "photo of a <new1> cat" and "photo of a <new2> plant" give "photo of a <new1> cat next to a <new2> plant".
     """
@@ -643,9 +643,9 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def _cells_inside(start: int, length: int, factor: int) -> tuple[int, int]:
-    """First and last + 1 of the latents that see only picture, in one dimension.
+    """First and last + 1 of the latents that see only image, in one dimension.
 
-    One latent on either side is left out as in the example, because it also sees the canvas. Where a picture is so
+    One latent on either side is left out as in the example, because it also sees the canvas. Where an image is so
     small that nothing would remain, its middle latent stays: an empty mask would make the loss 0 / 0.
     """
     first, end = start // factor + 1, (start + length) // factor - 1
@@ -658,7 +658,7 @@ def _cells_inside(start: int, length: int, factor: int) -> tuple[int, int]:
 def collate_fn(
     examples: Sequence[dict[str, Any]], with_prior_preservation: bool, latent_channels: int, num_train_timesteps: int
 ) -> dict[str, Tensor]:
-    """Batch samples, instance pictures first and class images behind them, with what diffusion draws for each.
+    """Batch samples, instance images first and class images behind them, with what diffusion draws for each.
 
     Noise and timesteps are drawn here, on the CPU and from each sample's own seed: they are then the same on every
     device, for any split of the batch over processes, and after every restart, and cost the training loop nothing.

@@ -21,7 +21,7 @@ from base_model import BaseModel, find_base_model
 from concept import (
     CARD_NAME,
     Concept,
-    ConceptError,
+    UserError,
     apply_concepts,
     check_token_name,
     complete,
@@ -30,7 +30,7 @@ from concept import (
     new_folder,
 )
 from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config
-from pictures import write_whole
+from images import write_whole
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 PAPER_ENERGY = 0.6
@@ -117,12 +117,12 @@ def decompose(concept: Concept, base: Mapping[str, Tensor]) -> dict[str, Decompo
     """Per trained projection matrix the singular values of its change.
 
     Raises:
-        ConceptError: where the concept does not fit the base model.
+        UserError: where the concept does not fit the base model.
     """
     result = {}
     for key, weight in concept.attention.items():
         if weight.shape != base[key].shape:
-            raise ConceptError(
+            raise UserError(
                 f"{concept.source!r} has {key!r} of shape {tuple(weight.shape)}, the base model has "
                 f"{tuple(base[key].shape)}: give the base model that it was trained on"
             )
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = model.projections([*concept.attention, *concept.differences])
         concept = complete(concept, base)
     if not concept.attention and not concept.differences:
-        raise ConceptError(
+        raise UserError(
             f"{concept.source!r} has only tokens, no attention weights: its token files load as they are"
         )
     if args.table:
@@ -333,5 +333,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConceptError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

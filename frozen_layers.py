@@ -2,7 +2,7 @@
 
 torch keeps the input of every convolution for the gradient of its weights, frozen or not, and of a gated activation
 all factors, one of which is quickly computed again. That is a quarter of what a step on Stable Diffusion's UNet keeps
-(benchmarks/README.md), and the gradients are the same to the last bit. Where pictures have become few pixels, oneDNN
+(benchmarks/README.md), and the gradients are the same to the last bit. Where images have become few pixels, oneDNN
 copies a convolution's weights into another layout at every call, which takes longer than to multiply with them.
 
 What else is kept goes with the number of pixels, so that the layers at the widest levels keep most of it. Of these some
@@ -64,7 +64,7 @@ class FrozenConv2d(nn.Conv2d):
         return _Convolution.apply(x, self.weight, self.bias, *geometry)
 
     def _is_small(self, x: Tensor) -> bool:
-        """Whether the pictures' patches are a small matrix beside the weights; measured on CPUs alone."""
+        """Whether the images' patches are a small matrix beside the weights; measured on CPUs alone."""
         pixels = x.numel() // x.shape[1]
         plain = self.groups == 1 and not isinstance(self.padding, str)
         measured = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
@@ -133,8 +133,8 @@ def recompute_wide_layers(unet: UNet2DConditionModel, latent_size: int, least: i
     (benchmarks/README.md).
 
     Args:
-        latent_size: side of the latents of the training pictures.
-        least: how many values of one picture, pixels times channels, are many.
+        latent_size: side of the latents of the training images.
+        least: how many values of one image, pixels times channels, are many.
 
     Returns:
         whether there is any transformer block of so many.

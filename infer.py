@@ -1,4 +1,4 @@
-"""Make pictures of a learned concept: ``python infer.py --prompt "<new1> cat"``."""
+"""Make images of a learned concept: ``python infer.py --prompt "<new1> cat"``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from base_model import find_base_model
-from concept import Concept, ConceptError, apply_concepts, load_concept
+from concept import Concept, UserError, apply_concepts, load_concept
 from config import HelpFormatter, parse_with_config, save_config
-from pictures import contact_sheet, first_line, write_image
+from images import contact_sheet, first_line, write_image
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; prompts of ``--prompts_file`` join those of ``--prompt``."""
     parser = argparse.ArgumentParser(
-        description="Make pictures of a concept that train_custom_diffusion.py has learned.",
+        description="Make images of a concept that train_custom_diffusion.py has learned.",
         usage="%(prog)s --prompt '<new1> cat in a bucket' [--prompt ...] [more options: --help]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -57,20 +57,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concept's card names.")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the base model's files, such as fp16.")
-    add("--num_images", type=int, default=1, help="Pictures per prompt.")
-    add("--batch_size", type=int, default=1, help="Pictures made at once; more is faster and takes more memory.")
-    add("--seed", type=int, default=42, help="Picture i of each prompt starts from the noise of seed + i.")
+    add("--num_images", type=int, default=1, help="Images per prompt.")
+    add("--batch_size", type=int, default=1, help="Images made at once; more is faster and takes more memory.")
+    add("--seed", type=int, default=42, help="Image i of each prompt starts from the noise of seed + i.")
     add("--num_inference_steps", type=int, default=100, help="Denoising steps.")
     add("--guidance_scale", type=float, default=6.0, help="How strictly the prompt is followed.")
     add("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
     add("--height", type=int, help="Height in pixels; if not given, the base model's.")
     add("--width", type=int, help="Width in pixels; if not given, the base model's.")
-    add("--negative_prompt", help="What should not be in the pictures.")
+    add("--negative_prompt", help="What should not be in the images.")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
     add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU and fp32 on a CPU.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
-    add("--output_dir", default="samples", help="Where the pictures are written; none there is replaced.")
+    add("--output_dir", default="samples", help="Where the images are written; none there is replaced.")
     args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:
@@ -96,7 +96,7 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     """The base model with the concepts applied, on its device.
 
     Raises:
-        ConceptError: where no base model is known or it cannot be loaded, or a concept does not fit it.
+        UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
     base = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
     device = args.device or _best_device()
@@ -107,7 +107,7 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     try:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConceptError(f"--device {device!r} cannot be used: {first_line(error)}") from error
+        raise UserError(f"--device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def _best_device() -> str:
@@ -117,14 +117,14 @@ def _best_device() -> str:
 
 
 def warn_of_missing_tokens(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Say which prompts do not name a concept: the commonest reason for pictures that do not show it."""
+    """Say which prompts do not name a concept: the commonest reason for images that do not show it."""
     tokens = [token for concept in concepts for token in concept.tokens]
     for prompt in prompts:
         if tokens and not any(token in prompt for token in tokens):
             print(f"warning: {prompt!r} has none of the learned tokens ({', '.join(tokens)})", file=sys.stderr)
 
 
-def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
     """Height and width in pixels; where one alone is given, the other is the base model's.
 
     diffusers takes its own for both then, and says nothing.
@@ -137,14 +137,14 @@ def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | N
 
 
 def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list[Path]]:
-    """Make and write all pictures; gives the paths, one list per prompt."""
+    """Make and write all images; gives the paths, one list per prompt."""
     folder = Path(args.output_dir)
     jobs = [(row, number) for row in range(len(args.prompt)) for number in range(args.num_images)]
     first = _first_free_number(folder)
     paths: list[list[Path]] = [[] for _ in args.prompt]
-    height, width = picture_size(pipeline, args.height, args.width)
+    height, width = image_size(pipeline, args.height, args.width)
     pipeline.set_progress_bar_config(leave=False, desc="denoising")
-    with tqdm(total=len(jobs), unit="picture") as progress:
+    with tqdm(total=len(jobs), unit="image") as progress:
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
             prompts = [args.prompt[row] for row, _ in batch]
@@ -156,12 +156,12 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
                 eta=args.eta,
                 height=height,
                 width=width,
-                # A generator of its own for every picture, on the CPU: the same picture in any batch, on any device.
+                # A generator of its own for every image, on the CPU: the same image in any batch, on any device.
                 generator=[torch.Generator().manual_seed(args.seed + number) for _, number in batch],
             ).images
             for offset, ((row, number), image) in enumerate(zip(batch, images, strict=True)):
                 name = f"{first + start + offset:05d}_{_slug(args.prompt[row])}_seed{args.seed + number}.png"
-                save_picture(folder / name, image, args, args.prompt[row], args.seed + number)
+                save_image(folder / name, image, args, args.prompt[row], args.seed + number)
                 paths[row].append(folder / name)
             progress.update(len(batch))
     return paths
@@ -176,7 +176,7 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
 
 
-def save_picture(path: Path, image: Image.Image, args: argparse.Namespace, prompt: str, seed: int) -> None:
+def save_image(path: Path, image: Image.Image, args: argparse.Namespace, prompt: str, seed: int) -> None:
     """Write a PNG that says in its metadata how it was made: ``prompt``, ``seed`` and ``settings`` (JSON)."""
     names = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
     metadata = PngImagePlugin.PngInfo()
@@ -187,7 +187,7 @@ def save_picture(path: Path, image: Image.Image, args: argparse.Namespace, promp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Load, apply, generate, and say where the pictures are."""
+    """Load, apply, generate, and say where the images are."""
     args = parse_args(argv)
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
@@ -197,19 +197,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConceptError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
+        raise UserError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise ConceptError(f"--output_dir {args.output_dir!r} cannot be written to")
+        raise UserError(f"--output_dir {args.output_dir!r} cannot be written to")
     pipeline = load_pipeline(args, concepts)
-    # Numbered like the first picture: a folder may hold the pictures of several runs.
+    # Numbered like the first image: a folder may hold the images of several runs.
     save_config(args, folder / f"{_first_free_number(folder):05d}_config.yaml")
     paths = generate(pipeline, args)
     write_image(folder / "contact_sheet.png", contact_sheet(paths, args.prompt), "PNG")
-    print(f"{sum(map(len, paths))} pictures in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")
+    print(f"{sum(map(len, paths))} images in {args.output_dir}, all at a glance: {folder / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ConceptError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 from torch import Tensor
 
-from pictures import UsageError
+from images import UserError
 
 # --- devices and cores ---------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
 
     Raises:
-        UsageError: where accelerate's own configuration asks for what this machine cannot do.
+        UserError: where accelerate's own configuration asks for what this machine cannot do.
     """
     try:
         accelerator = Accelerator(
@@ -38,7 +38,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise UsageError(f"accelerate's configuration does not fit this machine: {error}") from error
+        raise UserError(f"accelerate's configuration does not fit this machine: {error}") from error
     # Checkpoints hold what is trained, and the training script writes that; the frozen gigabytes stay where they are.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())

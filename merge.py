@@ -23,7 +23,7 @@ from base_model import find_base_model
 from concept import (
     CARD_NAME,
     Concept,
-    ConceptError,
+    UserError,
     check_new_tokens,
     check_token_name,
     class_words,
@@ -35,13 +35,13 @@ from concept import (
 )
 from config import CONFIG_NAME, HelpFormatter, parse_with_config, save_config
 from data import LARGE_WORDS, SMALL_WORDS
-from pictures import write_whole
+from images import write_whole
 
 CAPTIONS = Path(__file__).with_name("captions") / "regularization.txt"
 RIDGE = 1e-9  # relative to the mean square of a feature over all captions
 # How much --prior_weight leaves as learned what nobody asks about; relative to the mean square of a prompts' feature.
 NEARNESS = 0.1
-TOLERANCE = 1e-5  # of the constraint, relative: what float32 weights can hold and no picture can show
+TOLERANCE = 1e-5  # of the constraint, relative: what float32 weights can hold and no image can show
 
 
 # fmt: off
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Merge concepts that were trained separately into one folder for infer.py, in seconds and without "
-        "their pictures (closed form of the Custom Diffusion paper, section 3.2).",
+        "their images (closed form of the Custom Diffusion paper, section 3.2).",
         usage="%(prog)s --model_dir CONCEPT [CONCEPT ...] [--output_dir FOLDER] [more options: --help]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -97,12 +97,12 @@ def merging_directions(targets: Tensor, regularization: Tensor) -> Tensor:
         (s, width), float64.
 
     Raises:
-        ConceptError: for too few captions.
+        UserError: for too few captions.
     """
     targets, regularization = targets.double(), regularization.double()
     count, width = regularization.shape
     if count < width:
-        raise ConceptError(
+        raise UserError(
             f"the captions have {count} words, too few for text features of width {width}: "
             "give more with --captions and --num_captions"
         )
@@ -129,14 +129,14 @@ def merge_weights(base: Tensor, targets: Tensor, values: Tensor, directions: Ten
         W, (out, width), in float64 like the computation; inputs may have any floating type.
 
     Raises:
-        ConceptError: where targets are the same, and so cannot be told apart.
+        UserError: where targets are the same, and so cannot be told apart.
     """
     base, targets, values, directions = (x.double() for x in (base, targets, values, directions))
     # d C^T is symmetric, so one solve from the left does.
     products = directions @ targets.T
     # Equal targets need not fail to solve: rounding decides, and the answer would be arbitrary.
     if not torch.isfinite(products).all() or torch.linalg.matrix_rank(products, rtol=1e-12) < len(products):
-        raise ConceptError("two of the concepts are the same, or their words are: give other --class_words")
+        raise UserError("two of the concepts are the same, or their words are: give other --class_words")
     change = torch.linalg.solve(products, values - targets @ base.T)
     return base + change.T @ directions
 
@@ -222,15 +222,15 @@ def read_captions(path: Path, count: int) -> list[str]:
     """At most ``count`` captions, spread evenly over the file.
 
     Raises:
-        ConceptError: for a file that cannot be read or is empty.
+        UserError: for a file that cannot be read or is empty.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConceptError(f"--captions {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"--captions {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     captions = list(dict.fromkeys(line for line in lines if line))
     if not captions:
-        raise ConceptError(f"--captions {str(path)!r} has no captions")
+        raise UserError(f"--captions {str(path)!r} has no captions")
     return [captions[number * len(captions) // count] for number in range(min(count, len(captions)))]
 
 
@@ -258,13 +258,13 @@ def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None
     """Give every token its class words, and a name of its own; says what was renamed.
 
     Raises:
-        ConceptError: where class words are missing or too many, or a concept cannot be merged.
+        UserError: where class words are missing or too many, or a concept cannot be merged.
     """
     for concept in concepts:
         check_mergeable(concept, concepts[0])
     count = sum(len(concept.tokens) for concept in concepts)
     if given_words is not None and len(given_words) != count:
-        raise ConceptError(f"--class_words has {len(given_words)} entries for {count} tokens: give one for each")
+        raise UserError(f"--class_words has {len(given_words)} entries for {count} tokens: give one for each")
     taken = {token for concept in concepts for token in concept.tokens}
     used: set[str] = set()
     remaining = iter(given_words or ())
@@ -274,7 +274,7 @@ def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None
         tokens, words, names = {}, {}, {}
         for token, vector in concept.tokens.items():
             if given_words is None and token not in known:
-                raise ConceptError(
+                raise UserError(
                     f"the card of {concept.source!r} does not say what {token!r} is: "
                     "give a class for every token, such as --class_words cat 'wooden pot'"
                 )
@@ -293,18 +293,18 @@ def check_mergeable(concept: Concept, first: Concept) -> None:
     """Refuse what the closed form has no answer for.
 
     Raises:
-        ConceptError: for a concept without tokens or keys and values, or with other layers than the first one.
+        UserError: for a concept without tokens or keys and values, or with other layers than the first one.
     """
     keys, others = ({*c.attention, *c.differences} for c in (concept, first))
     if any("to_q_custom" in key or "to_out_custom" in key for key in keys):
-        raise ConceptError(
+        raise UserError(
             f"{concept.source!r} also trained queries and outputs (--freeze_model crossattn): only keys and values "
             "see nothing but text, so only they can be merged; train the concepts together with --concepts_list"
         )
     if not keys or not concept.tokens:
-        raise ConceptError(f"{concept.source!r} has no {'tokens' if keys else 'attention weights'} to merge")
+        raise UserError(f"{concept.source!r} has no {'tokens' if keys else 'attention weights'} to merge")
     if keys != others:
-        raise ConceptError(f"{first.source!r} and {concept.source!r} have different layers: other base models")
+        raise UserError(f"{first.source!r} and {concept.source!r} have different layers: other base models")
 
 
 def free_name(token: str, taken: set[str]) -> str:
@@ -329,7 +329,7 @@ def add_tokens(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CLIPTex
     """Put the tokens of all parts into tokenizer and text encoder.
 
     Raises:
-        ConceptError: for a token that the vocabulary has already, or of another width.
+        UserError: for a token that the vocabulary has already, or of another width.
     """
     tokens = {token: (vector, part.concept) for part in parts for token, vector in part.concept.tokens.items()}
     check_new_tokens(tokens, tokenizer, encoder)
@@ -379,10 +379,10 @@ def check_shape(part: Part, key: str, own: Tensor, base: Tensor) -> None:
     """Refuse a concept that was learned on another base model.
 
     Raises:
-        ConceptError: where its projection ``key`` has another shape than the base model's.
+        UserError: where its projection ``key`` has another shape than the base model's.
     """
     if own.shape != base.shape:
-        raise ConceptError(
+        raise UserError(
             f"{part.concept.source!r} has {key!r} of shape {tuple(own.shape)}, the base model has "
             f"{tuple(base.shape)}: give the base model that it was trained on"
         )
@@ -407,7 +407,7 @@ def weigh_concepts(
         all that was learned moves them.
 
     Raises:
-        ConceptError: where a concept does not fit the base model.
+        UserError: where a concept does not fit the base model.
     """
     wholes = [complete(part.concept, base).attention for part in parts]
     attention, moved, moved_before = {}, 0.0, 0.0
@@ -438,7 +438,7 @@ def merge_concepts(
         The merged concept and its worst relative constraint error.
 
     Raises:
-        ConceptError: as the two functions above; where a concept does not fit the base model; where the constraint is
+        UserError: as the two functions above; where a concept does not fit the base model; where the constraint is
             missed by more than 1e-5.
     """
     wholes = [complete(part.concept, base).attention for part in parts]
@@ -452,7 +452,7 @@ def merge_concepts(
         attention[key] = merge_weights(weight, together, values, directions).float()
         worst = max(worst, constraint_error(attention[key], together, values))
     if not worst <= TOLERANCE:
-        raise ConceptError(
+        raise UserError(
             f"the merged weights miss the concepts by {worst:.1e} of their size, more than {TOLERANCE}: the concepts' "
             "words are too much alike; give other --class_words"
         )
@@ -507,5 +507,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConceptError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image
 
 from config import CONFIG_NAME
-from pictures import UsageError, first_line
+from images import UserError, first_line
 
 # --- trackers ------------------------------------------------------------------------------------
 
@@ -30,23 +30,23 @@ def tracker_address(tracker: Any) -> str:
     return str(tracker.name)
 
 
-def log_pictures(tracker: Any, pictures: Sequence[Image.Image], prompt: str, phase: str, step: int) -> None:
-    """Show the pictures of a prompt in a tracker, where it is one that can.
+def log_images(tracker: Any, images: Sequence[Image.Image], prompt: str, phase: str, step: int) -> None:
+    """Show the images of a prompt in a tracker, where it is one that can.
 
     Args:
         tracker: one of the accelerator's.
-        phase: the pictures' name there.
+        phase: the images' name there.
     """
     if tracker.name == "tensorboard":
-        tracker.writer.add_images(phase, np.stack([np.asarray(image) for image in pictures]), step, dataformats="NHWC")
+        tracker.writer.add_images(phase, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
     elif tracker.name == "wandb":
         import wandb
 
-        captions = [f"{number}: {prompt}" for number in range(len(pictures))]
-        captioned = [wandb.Image(image, caption=text) for image, text in zip(pictures, captions, strict=True)]
+        captions = [f"{number}: {prompt}" for number in range(len(images))]
+        captioned = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
         tracker.log({phase: captioned}, step=step)
     elif tracker.name == "comet_ml":
-        for number, image in enumerate(pictures):
+        for number, image in enumerate(images):
             tracker.writer.log_image(image, name=f"{phase} {number}: {prompt}", step=step)
 
 
@@ -57,13 +57,13 @@ def create_hub_repository(name: str, token: str | None) -> str:
     """Make the repository before training: a wrong token should not be noticed after it; gives its whole id.
 
     Raises:
-        UsageError: where the Hub refuses.
+        UserError: where the Hub refuses.
     """
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:
         reason = first_line(error)
-        raise UsageError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
+        raise UserError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
 
 
 def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: str, token: str | None) -> str:
@@ -75,7 +75,7 @@ def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: s
         folder: where all of them are on this machine.
 
     Raises:
-        UsageError: where the upload fails; the message says how to try again.
+        UserError: where the upload fails; the message says how to try again.
     """
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
@@ -83,7 +83,7 @@ def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: s
         return str(commit.repo_url)
     except Exception as error:
         reason = first_line(error)
-        raise UsageError(
+        raise UserError(
             f"the upload to {repository!r} failed ({reason}); the files are safe in {folder!r}, upload "
             f"them with: hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' "
             f"--exclude {CONFIG_NAME}"

@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Pillow gives the memory of every picture back to the system and takes it anew; keeping some of it is twice as fast.
+# Pillow gives the memory of every image back to the system and takes it anew; keeping some of it is twice as fast.
 os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 from config import CONFIG_NAME, HelpFormatter, config_text, parse_with_config, save_config, switch
-from pictures import UsageError
-from retrieval.class_folder import ClassFolder, Picture, check_picture
+from images import UserError
+from retrieval.class_folder import ClassFolder, CheckedImage, check_image
 from retrieval.download import Downloader, Refused
 from retrieval.sources import (
     OPENVERSE_URL,
@@ -95,8 +95,8 @@ EPILOG = """examples:
     python retrieve.py --concepts_list concept_list.json
   from your own clip-retrieval server (docs/retrieval.md says how to set one up):
     python retrieve.py --class_prompt cat --url http://localhost:1234
-  from pictures that you have, a folder or a tar, searched by the words of their captions:
-    python retrieve.py --class_prompt cat --path my_pictures
+  from images that you have, a folder or a tar, searched by the words of their captions:
+    python retrieve.py --class_prompt cat --path my_images
   from a dataset of the Hugging Face Hub:
     python retrieve.py --class_prompt cat --source dataset --path user/dataset
 
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--aesthetic_score", type=int, choices=range(10), default=9, metavar="0-9", help="What score is preferred.")
     add("--deduplicate", type=switch, default=True, metavar="True|False",
         help="Let the service leave out near-duplicates.")
-    add("--path", help="Folder of pictures or tar (--source local), or name of a dataset (--source dataset).")
+    add("--path", help="Folder of images or tar (--source local), or name of a dataset (--source dataset).")
     add("--words", help="Words that a caption must hold; if not given, those of the class prompt; '' takes all.")
     add("--split", default="train", help="Split of the dataset.")
     add("--config_name", help="Configuration of the dataset, where it has several.")
@@ -197,30 +197,30 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """Class prompts and their folders, each pair once.
 
     Raises:
-        UsageError: for a list that is missing, broken or incomplete, and for two classes in one folder.
+        UserError: for a list that is missing, broken or incomplete, and for two classes in one folder.
     """
     entries = [{"class_prompt": args.class_prompt, "class_data_dir": args.class_data_dir}]
     if args.concepts_list is not None:
         try:
             entries = json.loads(Path(args.concepts_list).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"--concepts_list {args.concepts_list!r} cannot be read: {error.strerror}") from error
+            raise UserError(f"--concepts_list {args.concepts_list!r} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"--concepts_list {args.concepts_list!r} is no valid JSON: {error}") from error
+            raise UserError(f"--concepts_list {args.concepts_list!r} is no valid JSON: {error}") from error
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            raise UsageError(f"{args.concepts_list} must hold a list of concepts, each an object with class_prompt")
+            raise UserError(f"{args.concepts_list} must hold a list of concepts, each an object with class_prompt")
     classes: dict[Path, str] = {}
     for number, entry in enumerate(entries, 1):
         prompt, name = entry.get("class_prompt"), entry.get("class_data_dir")
         if not isinstance(prompt, str) or not one_line(prompt):
             where = f"{args.concepts_list}, concept {number}: class_prompt" if args.concepts_list else "--class_prompt"
-            raise UsageError(f"{where} has no text to search for")
+            raise UserError(f"{where} has no text to search for")
         prompt = one_line(prompt)
         if name is not None and (not isinstance(name, str) or not name or one_line(name) != name):
-            raise UsageError(f"{name!r} is no name of a folder (class_data_dir)")
+            raise UserError(f"{name!r} is no name of a folder (class_data_dir)")
         folder = Path(name) if name else default_folder(prompt)
         if classes.setdefault(folder, prompt) != prompt:
-            raise UsageError(f"{str(folder)!r} would get two classes, {classes[folder]!r} and {prompt!r}")
+            raise UserError(f"{str(folder)!r} would get two classes, {classes[folder]!r} and {prompt!r}")
     return [(prompt, folder) for folder, prompt in classes.items()]
 
 
@@ -228,11 +228,11 @@ def default_folder(class_prompt: str) -> Path:
     """Where the images of a class go: ``real_reg/samples_wooden_pot`` for "wooden pot".
 
     Raises:
-        UsageError: for a prompt without a letter or digit.
+        UserError: for a prompt without a letter or digit.
     """
     name = "_".join(re.findall(r"\w+", class_prompt))[:100]
     if not name:
-        raise UsageError(f"--class_prompt {class_prompt!r} makes no name for a folder: give --class_data_dir")
+        raise UserError(f"--class_prompt {class_prompt!r} makes no name for a folder: give --class_data_dir")
     return Path("real_reg") / f"samples_{name}"
 
 
@@ -243,7 +243,7 @@ def make_source(args: argparse.Namespace) -> Source:
     """The source that the user asks for.
 
     Raises:
-        UsageError: where it cannot be one.
+        UserError: where it cannot be one.
     """
     agent = user_agent(args.contact)
     public = {
@@ -295,7 +295,7 @@ class Outcome:
 def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outcome:
     """Take candidates into the folder, in the order in which the source ranks them, until it has enough.
 
-    Pictures are fetched and decoded side by side, but taken in order: the result does not depend on which server was
+    Images are fetched and decoded side by side, but taken in order: the result does not depend on which server was
     quick, nor on interruptions.
     """
     outcome = Outcome()
@@ -308,9 +308,9 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
         source.per_host,
     )
 
-    def prepare(candidate: Candidate) -> Picture:
-        data = downloader.fetch(candidate.address) if candidate.picture is None else candidate.picture
-        return check_picture(data, args.min_size, args.max_size, args.max_megapixels * 1e6)
+    def prepare(candidate: Candidate) -> CheckedImage:
+        data = downloader.fetch(candidate.address) if candidate.image is None else candidate.image
+        return check_image(data, args.min_size, args.max_size, args.max_megapixels * 1e6)
 
     have = len(folder.kept())
     candidates = _unknown(source.candidates(folder.class_prompt, args.num_class_images), folder, outcome)
@@ -345,12 +345,12 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
 
 def _in_order(
     candidates: Iterator[Candidate],
-    prepare: Callable[[Candidate], Picture],
+    prepare: Callable[[Candidate], CheckedImage],
     pool: ThreadPoolExecutor,
     ahead: Callable[[], int],
-) -> Iterator[tuple[Candidate, Future[Picture]]]:
-    """Every candidate with its (coming) picture, in order; up to ``ahead()`` of them are under way meanwhile."""
-    pending: deque[tuple[Candidate, Future[Picture]]] = deque()
+) -> Iterator[tuple[Candidate, Future[CheckedImage]]]:
+    """Every candidate with its (coming) image, in order; up to ``ahead()`` of them are under way meanwhile."""
+    pending: deque[tuple[Candidate, Future[CheckedImage]]] = deque()
     while True:
         is_ready = bool(pending) and pending[0][1].done()
         if not is_ready and len(pending) < ahead() and (candidate := next(candidates, None)) is not None:
@@ -377,17 +377,17 @@ def _unknown(candidates: Iterator[Candidate], folder: ClassFolder, outcome: Outc
 
 
 def _take(
-    candidate: Candidate, future: Future[Picture], folder: ClassFolder, args: argparse.Namespace, outcome: Outcome
+    candidate: Candidate, future: Future[CheckedImage], folder: ClassFolder, args: argparse.Namespace, outcome: Outcome
 ) -> bool:
     try:
-        picture = future.result()
+        image = future.result()
     except Refused as refusal:
         outcome.left_out[str(refusal)] += 1
         return False
-    if folder.has_near_duplicate(picture):
+    if folder.has_near_duplicate(image):
         outcome.left_out["near-duplicate"] += 1
         return False
-    folder.add(picture, candidate)
+    folder.add(image, candidate)
     if not outcome.has_kept:
         # With the first image: a run that is killed later has said what it was, and one that finds none leaves nothing.
         save_config(args, folder.path / CONFIG_NAME)
@@ -416,13 +416,13 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
         What went wrong, on one line; None where there are as many images as asked for.
 
     Raises:
-        UsageError: where the folder cannot be used.
+        UserError: where the folder cannot be used.
     """
     folder = ClassFolder(path, class_prompt)
     try:
         config = path / CONFIG_NAME
         if not folder.records and config.exists() and config.read_bytes() != config_text(args):
-            raise UsageError(
+            raise UserError(
                 f"{str(config)!r} would be replaced by the configuration of this run: move it, or give another "
                 "--class_data_dir"
             )
@@ -440,7 +440,7 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
                 folder.write_lists()
         return _report(folder, outcome, wanted)
     except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be written to: {error.strerror or error}") from error
+        raise UserError(f"{str(path)!r} cannot be written to: {error.strerror or error}") from error
     finally:
         folder.close()
 
@@ -482,13 +482,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"source: {source.describe()}{why}", flush=True)
     problems = [problem for prompt, path in classes if (problem := retrieve(prompt, path, source, args))]
     if problems:
-        raise UsageError("; ".join(dict.fromkeys(problems)))
+        raise UserError("; ".join(dict.fromkeys(problems)))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UsageError, SourceError) as error:
+    except (UserError, SourceError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: what was found is kept, and the same command goes on from there")

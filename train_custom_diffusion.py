@@ -1,7 +1,7 @@
-"""Teach a Stable Diffusion model new concepts from a few pictures of each, with Custom Diffusion.
+"""Teach a Stable Diffusion model new concepts from a few images of each, with Custom Diffusion.
 
 Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023 (arXiv 2212.04488): fine-tune the
-key and value projections of the UNet's cross-attention and one new word per concept, on the pictures plus class
+key and value projections of the UNet's cross-attention and one new word per concept, on the images plus class
 images that keep what the model knew. This file reads in that order: arguments, data, tokens, attention, loss, the
 run, the loop, saving.
 """
@@ -53,7 +53,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from base_model import BaseModel, check_base_model, load_pretrained, load_tokenizer
-from caching import encode_pictures, encode_posterior, encode_texts, sample_latents
+from caching import encode_images, encode_posterior, encode_texts, sample_latents
 from checkpoints import (
     Interrupted,
     StopSignal,
@@ -74,7 +74,7 @@ from class_images import generate_class_images
 from concept import (
     CARD_NAME,
     Concept,
-    ConceptError,
+    UserError,
     check_token_name,
     is_hub_id,
     load_concept,
@@ -100,8 +100,8 @@ from machine import (
     trim_heap,
     use_all_cores,
 )
-from pictures import UsageError, write_image, write_whole
-from publishing import create_hub_repository, log_pictures, push_to_hub, tracker_address
+from images import UserError, write_image, write_whole
+from publishing import create_hub_repository, log_images, push_to_hub, tracker_address
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -130,8 +130,8 @@ def positive_int(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of diffusers' example, flag for flag."""
     parser = argparse.ArgumentParser(
-        description="Teach a Stable Diffusion model new concepts from a few pictures of each (Custom Diffusion).",
-        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES "
+        description="Teach a Stable Diffusion model new concepts from a few images of each (Custom Diffusion).",
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir IMAGES "
               "--instance_prompt 'photo of a <new1> cat' --modifier_token '<new1>' [more options: --help]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's.")
 
     add = parser.add_argument_group("concepts").add_argument
-    add("--instance_data_dir", help="Folder with four or five pictures of the concept, or id of a dataset on the Hub; "
+    add("--instance_data_dir", help="Folder with four or five images of the concept, or id of a dataset on the Hub; "
         "photo.txt beside photo.jpg, or metadata.jsonl, may hold a prompt for each in place of --instance_prompt.")
     add("--instance_prompt", help="Prompt that names the concept, such as 'photo of a <new1> cat'.")
     add("--modifier_token", help="The concept's new word; several are joined with '+': '<new1>+<new2>'. "
@@ -156,16 +156,16 @@ def build_parser() -> argparse.ArgumentParser:
         "whole word cat), or else words that are one token.")
     add("--concepts_list", help="JSON file with several concepts: a list of {instance_prompt, class_prompt, "
         "instance_data_dir, class_data_dir}. Replaces the four flags of these names.")
-    add("--hflip", **is_on, help="Mirror half of the pictures.")
-    add("--noaug", **is_on, help="No resize augmentation of the instance pictures.")
+    add("--hflip", **is_on, help="Mirror half of the images.")
+    add("--noaug", **is_on, help="No resize augmentation of the instance images.")
     add("--padding_mode", default="constant", choices=["constant", "edge"],
-        help="Around pictures that this augmentation makes smaller: grey that the loss leaves out, as in the paper; or "
+        help="Around images that this augmentation makes smaller: grey that the loss leaves out, as in the paper; or "
         "their edges continued and learned too, which teaches small views at small resolutions.")
     add("--cutmix_probability", type=float, default=0.0,
         help="With several concepts, share of the steps, from 0 to 1, that show one beside another ('... next to ...') "
-        "in pictures twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
+        "in images twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
     add("--resolution", type=positive_int, default=512,
-        help="Side of the training pictures in pixels; 768 for Stable Diffusion 2.x at 768.")
+        help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -183,9 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="custom-diffusion-model", help="Where everything is written.")
     add("--seed", type=int, default=42, help="Seed of everything random.")
     add("--train_batch_size", type=positive_int, default=4,
-        help="Instance pictures per step and device, and as many class images.")
+        help="Instance images per step and device, and as many class images.")
     add("--num_train_epochs", type=positive_int, default=1,
-        help="Passes over the pictures, where --max_train_steps is not given.")
+        help="Passes over the images, where --max_train_steps is not given.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps: 250 for one concept, 500 for two.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
     add("--gradient_checkpointing", **is_on, help="Less memory, slower steps.")
@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Warm-up steps of the schedules that have a warm-up.")
     add("--dataloader_num_workers", type=int, default=2,
-        help="Processes that load pictures; the result is the same for any number.")
+        help="Processes that load images; the result is the same for any number.")
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
     add("--use_8bit_adam", **is_on, help="8-bit Adam; needs requirements-8bit.txt.")
@@ -213,12 +213,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--enable_xformers_memory_efficient_attention", **is_on,
         help="xFormers' attention; needs a CUDA GPU and requirements-xformers.txt.")
     add("--no_latent_cache", **is_on,
-        help="Encode the pictures anew at every step, each time augmented anew, rather than once before the first.")
+        help="Encode the images anew at every step, each time augmented anew, rather than once before the first.")
     add("--latent_variants", type=positive_int, default=20,
-        help="How many augmentations of each instance picture there are to draw from, without --no_latent_cache; "
+        help="How many augmentations of each instance image there are to draw from, without --no_latent_cache; "
         "with --noaug nothing is approximated.")
     add("--keep_latents", **is_on,
-        help="Keep the encoded pictures in --output_dir/latents; a later run there encodes only what has changed.")
+        help="Keep the encoded images in --output_dir/latents; a later run there encodes only what has changed.")
     add("--torch_compile", **is_on,
         help="Compile the UNet: faster steps after a first one that takes minutes, so for long runs; a CPU needs g++.")
     add("--local_rank", type=int, default=-1, help="Set by launchers of several processes.")
@@ -230,14 +230,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", **is_on, help="Replace another run that --output_dir holds; otherwise that is an error.")
     add("--resume_from_checkpoint",
         help="Checkpoint in --output_dir to go on from, such as 'checkpoint-250', or 'latest'.")
-    add("--validation_prompt", help="Prompt of pictures that show the progress, such as '<new1> cat in a bucket'.")
+    add("--validation_prompt", help="Prompt of images that show the progress, such as '<new1> cat in a bucket'.")
     add("--num_validation_images", type=int, default=2, help="How many of them.")
     add("--validation_steps", type=positive_int, default=50, help="Steps between them.")
 
     add = parser.add_argument_group("output and logging").add_argument
     add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
     add("--report_to", default="tensorboard", choices=[*map(str, LoggerType), "none"],
-        help="Where losses and pictures are logged; wandb and comet_ml need requirements-wandb.txt or -comet.txt.")
+        help="Where losses and images are logged; wandb and comet_ml need requirements-wandb.txt or -comet.txt.")
     add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     add("--push_to_hub", **is_on, help="Upload the result to the Hub.")
     add("--hub_token", help="Token for that; `hf auth login` keeps it off the command line.")
@@ -360,7 +360,7 @@ def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[dict[str,
     """Modifier and initializer tokens of the command line, checked as far as that goes without a tokenizer.
 
     Raises:
-        UsageError, ConceptError: for names that cannot be used, too few initializers, or a token that no prompt has.
+        UserError: for names that cannot be used, too few initializers, or a token that no prompt has.
     """
     if args.modifier_token is None:
         return [], []
@@ -368,14 +368,14 @@ def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[dict[str,
     for token in tokens:
         check_token_name(token)
         if tokens.count(token) > 1:
-            raise UsageError(f"--modifier_token has {token!r} twice")
+            raise UserError(f"--modifier_token has {token!r} twice")
         if not any(token in concept["instance_prompt"] for concept in concepts):
             prompts = ", ".join(repr(concept["instance_prompt"]) for concept in concepts)
-            raise UsageError(
+            raise UserError(
                 f"the modifier token {token!r} is in no instance prompt ({prompts}), so it would learn nothing"
             )
     if len(initializers) < len(tokens):
-        raise UsageError(
+        raise UserError(
             f"--initializer_token has {len(initializers)} entries for {len(tokens)} modifier tokens: "
             "give one for each, joined with '+'"
         )
@@ -392,13 +392,13 @@ def add_modifier_tokens(tokenizer: CLIPTokenizer, tokens: Sequence[str], initial
     words (the rarest make the most neutral start), and as a word of its own it would be two tokens.
 
     Raises:
-        UsageError: for a token that is in the vocabulary, or an initializer of several tokens.
+        UserError: for a token that is in the vocabulary, or an initializer of several tokens.
     """
     vocabulary = tokenizer.get_vocab()
     initializer_ids = []
     for token, initializer in zip(tokens, initializers, strict=True):
         if token in vocabulary or f"{token}</w>" in vocabulary:
-            raise UsageError(
+            raise UserError(
                 f"the modifier token {token!r} is in the tokenizer's vocabulary already; take another, such as '<new1>'"
             )
         ids = (
@@ -407,7 +407,7 @@ def add_modifier_tokens(tokenizer: CLIPTokenizer, tokens: Sequence[str], initial
             else tokenizer(initializer, add_special_tokens=False).input_ids
         )
         if len(ids) != 1:
-            raise UsageError(
+            raise UserError(
                 f"the initializer {initializer!r} of {token!r} is {len(ids)} tokens and must be one; take a common word"
             )
         initializer_ids += ids
@@ -539,14 +539,14 @@ def swap_attention_processors(unet: UNet2DConditionModel, train_q_out: bool, use
 def custom_diffusion_loss(
     prediction: Tensor, target: Tensor, mask: Tensor, prior_loss_weight: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked loss on instance pictures plus weighted prior loss on class images.
+    """Masked loss on instance images plus weighted prior loss on class images.
 
     Args:
         prediction, target: (N, C, H, W), in any floating type. With prior preservation the second half are class
             images.
-        mask: (N, 1, H, W), 1 where the loss of an instance picture counts. Each picture's loss is the sum over the
+        mask: (N, 1, H, W), 1 where the loss of an instance image counts. Each image's loss is the sum over the
             masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
-            instance picture counts C times as much as the mean over its latents.
+            instance image counts C times as much as the mean over its latents.
         prior_loss_weight: None without prior preservation.
 
     Returns:
@@ -635,7 +635,7 @@ class CustomDiffusion(nn.Module):
             (enable or self.text_encoder.gradient_checkpointing_enable)()
 
     def compile_unet(self, **options: Any) -> None:
-        """Let ``torch.compile`` (``options``) do the UNet's part; pictures are made with the UNet as it is."""
+        """Let ``torch.compile`` (``options``) do the UNet's part; images are made with the UNet as it is."""
         self.predict = torch.compile(self.unet.forward, **options)
 
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
@@ -688,13 +688,13 @@ class CustomDiffusion(nn.Module):
         """Go on from what :meth:`learned` gave.
 
         Raises:
-            UsageError: where the concept does not have the same tokens and projections.
+            UserError: where the concept does not have the same tokens and projections.
         """
         current = self.learned(base_model="")
         stored = concept.attention | concept.tokens
         for name, value in (current.attention | current.tokens).items():
             if name not in stored or stored[name].shape != value.shape:
-                raise UsageError(
+                raise UserError(
                     f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
                     "--modifier_token and --freeze_model"
                 )
@@ -751,7 +751,7 @@ def check_cutmix(instance_images: Sequence[tuple[Path, str]], tokenizer: CLIPTok
     """Make sure that there are two concepts to show beside each other, and that their prompts fit into one.
 
     Raises:
-        UsageError: where all pictures are in one folder, or the words of the second concept could be cut off, which
+        UserError: where all images are in one folder, or the words of the second concept could be cut off, which
             would teach it to those of the first.
     """
     longest: dict[Path, tuple[int, str]] = {}
@@ -759,14 +759,14 @@ def check_cutmix(instance_images: Sequence[tuple[Path, str]], tokenizer: CLIPTok
         length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
     if len(longest) < 2:
-        raise UsageError(
-            f"--cutmix_probability shows one concept beside another, and {concepts_list!r} has pictures in one "
+        raise UserError(
+            f"--cutmix_probability shows one concept beside another, and {concepts_list!r} has images in one "
             "folder only: leave it out, or give each concept an instance_data_dir of its own"
         )
     (one, left), (other, right) = sorted(longest.values())[-2:]
     # With "next to" between them, and the start and end tokens.
     if one + other + 4 > tokenizer.model_max_length:
-        raise UsageError(
+        raise UserError(
             f"--cutmix_probability joins two prompts, and {left!r} and {right!r} together are too long for the "
             f"{tokenizer.model_max_length} tokens of the text encoder: shorten them, or leave the flag out"
         )
@@ -777,7 +777,7 @@ class Run:
     """What the loop works with.
 
     Attributes:
-        vae: None where the pictures are encoded already.
+        vae: None where the images are encoded already.
         scaling_factor: of the VAE's latents.
         model: the prepared module, maybe wrapped for several processes.
     """
@@ -846,7 +846,7 @@ def open_output_dir(
     """Make the output folder this run's, and start all that records it: configuration, trackers and the Hub.
 
     Raises:
-        UsageError: where the folder cannot be written to or holds another run, or the Hub refuses.
+        UserError: where the folder cannot be written to or holds another run, or the Hub refuses.
     """
     make_output_dir(args.output_dir)
     if not accelerator.is_main_process:
@@ -929,7 +929,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     scaling_factor = vae.config.scaling_factor
     if not args.no_latent_cache:
         folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
-        encode_pictures(dataset, positions, vae, accelerator, folder, args.dataloader_num_workers)
+        encode_images(dataset, positions, vae, accelerator, folder, args.dataloader_num_workers)
         vae = None
         return_freed_memory()
     model = load_model(args, inputs, accelerator)
@@ -1021,7 +1021,7 @@ def report_steps(run: Run, records: Sequence[StepRecord]) -> dict[str, str]:
     """Read the losses of these steps, check and log them; gives what to show of the last.
 
     Raises:
-        UsageError: as :func:`check_loss` does.
+        UserError: as :func:`check_loss` does.
     """
     shown = {}
     for record, losses in zip(records, torch.stack([record.losses for record in records]).tolist(), strict=True):
@@ -1042,7 +1042,7 @@ def check_loss(run: Run, loss: float, step: int, skipped_steps: int) -> None:
         skipped_steps: how many steps in a row fp16's loss scaling has skipped, as it does now and then.
 
     Raises:
-        UsageError: with the step, the last good checkpoint and what to try.
+        UserError: with the step, the last good checkpoint and what to try.
     """
     if skipped_steps == 0 and not math.isfinite(loss):
         what = f"the loss of step {step} is not finite"
@@ -1050,7 +1050,7 @@ def check_loss(run: Run, loss: float, step: int, skipped_steps: int) -> None:
         what = f"fp16 has overflowed in {skipped_steps} steps in a row up to step {step}"
     else:
         return
-    raise UsageError(
+    raise UserError(
         f"{what}, and training stops; {last_checkpoint(Path(run.args.output_dir))}. Likely causes: --learning_rate "
         f"(with --scale_lr {run.optimizer.param_groups[0]['lr']:.1e}) is too high, or fp16 overflows (use "
         "--mixed_precision bf16 or no)"
@@ -1066,7 +1066,7 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, when the step is done and its checkpoint written.
-        UsageError: where the loss is not finite or a checkpoint cannot be written.
+        UserError: where the loss is not finite or a checkpoint cannot be written.
     """
     args, accelerator = run.args, run.accelerator
     trained = list(run.module.trained().values())
@@ -1129,20 +1129,20 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
 
 @torch.no_grad()
 def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
-    """Pictures of ``--validation_prompt`` from the models in memory, written to the output folder and the trackers.
+    """Images of ``--validation_prompt`` from the models in memory, written to the output folder and the trackers.
 
     Args:
-        phase: name of the pictures in the trackers, ``validation`` on the way and ``test`` at the end.
+        phase: name of the images in the trackers, ``validation`` on the way and ``test`` at the end.
 
     Returns:
-        The pictures; none without a prompt or on processes other than the main one.
+        The images; none without a prompt or on processes other than the main one.
     """
     args, accelerator = run.args, run.accelerator
     if args.validation_prompt is None or args.num_validation_images == 0 or not accelerator.is_main_process:
         return []
     module = run.module
     module.eval()
-    # Where the pictures are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
+    # Where the images are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
     vae = run.vae or load_vae(run.inputs.base, accelerator, local_files_only=True)
     module.text_encoder.to(accelerator.device)
     pipeline = StableDiffusionPipeline(
@@ -1155,7 +1155,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(desc=f"Pictures at step {step}", leave=False)
+    pipeline.set_progress_bar_config(desc=f"Images at step {step}", leave=False)
     images = []
     for number in range(args.num_validation_images):
         # One at a time: validation should not need more memory than training.
@@ -1178,7 +1178,7 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     for number, image in enumerate(images):
         write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
     for tracker in accelerator.trackers:
-        log_pictures(tracker, images, args.validation_prompt, phase, step)
+        log_images(tracker, images, args.validation_prompt, phase, step)
     return images
 
 
@@ -1196,7 +1196,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     It gets its name only when it is complete, and older ones beyond the limit go only after that.
 
     Raises:
-        UsageError: where it cannot be written; earlier checkpoints are intact.
+        UserError: where it cannot be written; earlier checkpoints are intact.
     """
     accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
@@ -1223,22 +1223,22 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: the concept, its files, and which of them are sample pictures."""
+    """What a run leaves: the concept, its files, and which of them are sample images."""
 
     concept: Concept
     files: list[str]
-    pictures: list[str]
+    images: list[str]
 
 
 def save_result(run: Run) -> Result:
-    """Write weights, tokens, sample pictures and model card into the output folder.
+    """Write weights, tokens, sample images and model card into the output folder.
 
     Raises:
-        UsageError: where the weights cannot be written.
+        UserError: where the weights cannot be written.
     """
     args, folder = run.args, Path(run.args.output_dir)
     concept = run.learned()
-    # Weights first: whatever happens to the pictures, what was learned is safe.
+    # Weights first: whatever happens to the images, what was learned is safe.
     try:
         files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
     except (OSError, RuntimeError) as error:
@@ -1247,20 +1247,20 @@ def save_result(run: Run) -> Result:
         # An earlier run's safetensors would be preferred to what this one has just written.
         for name in files:
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
-    pictures = []
+    images = []
     for number, image in enumerate(validate(run, run.total_steps, "test")):
-        pictures.append(f"image_{number}.png")
-        write_image(folder / pictures[-1], image, "PNG")
-    card = render_card(run, concept, run.total_steps, pictures)
+        images.append(f"image_{number}.png")
+        write_image(folder / images[-1], image, "PNG")
+    card = render_card(run, concept, run.total_steps, images)
     write_whole(folder / CARD_NAME, lambda file: file.write(card))
-    return Result(concept, [*files, *pictures, CARD_NAME], pictures)
+    return Result(concept, [*files, *images, CARD_NAME], images)
 
 
 def publish(run: Run, result: Result) -> str:
     """Upload exactly the files of the result; gives the address.
 
     Raises:
-        UsageError: where the upload fails; the message says how to try again.
+        UserError: where the upload fails; the message says how to try again.
     """
     args, folder = run.args, Path(run.args.output_dir)
     contents: dict[str, Path | bytes] = {name: folder / name for name in result.files}
@@ -1268,7 +1268,7 @@ def publish(run: Run, result: Result) -> str:
         # The Hub refuses a card whose base model is no model of its own, and a local path is nobody's business.
         logger.warning("the base model is a local folder: the card on the Hub will not name it")
         concept = replace(result.concept, base_model=None)
-        contents[CARD_NAME] = render_card(run, concept, run.total_steps, result.pictures)
+        contents[CARD_NAME] = render_card(run, concept, run.total_steps, result.images)
     return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
 
 
@@ -1294,7 +1294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = run.accelerator
     first_step = resume(run)
     logger.info(
-        f"{len(run.dataset.instance_images)} instance pictures, {len(run.dataset.class_images)} class images; "
+        f"{len(run.dataset.instance_images)} instance images, {len(run.dataset.class_images)} class images; "
         f"{run.total_steps - first_step} steps of {run.args.train_batch_size} x {accelerator.num_processes} processes "
         f"x {run.args.gradient_accumulation_steps} accumulation; "
         f"{sum(parameter.numel() for parameter in run.module.trained().values()):,} trained values"
@@ -1322,7 +1322,7 @@ def run_command_line(argv: Sequence[str] | None = None) -> None:
     speaks = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
         main(argv)
-    except (UsageError, ConceptError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}" if speaks else 1)
     except OSError as error:
         # A full disk, a folder that may not be written to: what was written before is whole.

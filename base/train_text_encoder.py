@@ -3,7 +3,7 @@
 Trained together with the UNet from scratch, nouns were ignored: the UNet learns colours long before it can draw. Here
 a noun's features must tell all that its phrase names, and which unknown word stands before it; those of the caption's
 last word all the rest. An unknown word changes its own noun phrase and nothing else, and the end tokens say nothing.
-CLIP's end tokens tell everything; read there, a new word was taught to all things in the picture, not to its noun.
+CLIP's end tokens tell everything; read there, a new word was taught to all things in the image, not to its noun.
 """
 
 from collections.abc import Sequence

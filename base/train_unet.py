@@ -27,9 +27,9 @@ UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
 # How often a noun has before it the word for the very drawing. Stable Diffusion knows names for all sorts of looks, and
 # a new word finds its place among them; these do the same here, also for two things beside each other.
 DESIGN_WORDS = 0.5
-# Share of the steps with a teacher's predictions as the aim, which say more than noisy pictures do; then the pictures.
+# Share of the steps with a teacher's predictions as the aim, which say more than noisy images do; then the images.
 TAUGHT_SHARE = 0.75
-# Of so many batches in the wider world, one is of two things in pictures twice as wide.
+# Of so many batches in the wider world, one is of two things in images twice as wide.
 LANDSCAPE_EVERY = 2
 
 
@@ -63,21 +63,21 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encoded_pictures(
+def encoded_images(
     vae: AutoencoderKL, examples: list[world.Example], on: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the posterior of every picture, fp16 (n, 24, 8, 8 or 16) each."""
+    """Mean and deviation of the posterior of every image, fp16 (n, 24, 8, 8 or 16) each."""
     parts = []
-    for start in tqdm(range(0, len(examples), 256), desc="Encoding pictures", mininterval=5):
-        pictures = np.stack([example.picture for example in examples[start : start + 256]])
+    for start in tqdm(range(0, len(examples), 256), desc="Encoding images", mininterval=5):
+        images = np.stack([example.image for example in examples[start : start + 256]])
         with autocast(on):
-            posterior = vae.encode(as_tensor(pictures, on)).latent_dist
+            posterior = vae.encode(as_tensor(images, on)).latent_dist
         parts.append((posterior.mean.half(), posterior.std.half()))
     return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
 
 
 class Pool(NamedTuple):
-    """Pictures of one size, encoded, with their captions and the words of the designs in them."""
+    """Images of one size, encoded, with their captions and the words of the designs in them."""
 
     captions: list[TokenizedCaption]
     names: list[list[int]]
@@ -91,11 +91,11 @@ class Pool(NamedTuple):
         """All of `examples`, encoded where the VAE is; `word_of` has the words of their designs."""
         captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
         names = [[word_of[design] for design in example.designs] for example in examples]
-        return cls(captions, names, *encoded_pictures(vae, examples, vae.device))
+        return cls(captions, names, *encoded_images(vae, examples, vae.device))
 
     @property
     def batch_size(self) -> int:
-        """Pictures in a batch, which has as many latents whatever their shape."""
+        """Images in a batch, which has as many latents whatever their shape."""
         return BATCH_SIZE * 8 // self.means.shape[-1]
 
 
@@ -225,9 +225,9 @@ def train(
 ) -> None:
     """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
 
-    For the first `easy_share` of the steps, pictures come from the easy world; then mostly from the wider one. With a
+    For the first `easy_share` of the steps, images come from the easy world; then mostly from the wider one. With a
     `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction. So too with the folder of
-    a UNet to `start` from, at a lower learning rate. Each `seed` has pictures, captions and noise of its own.
+    a UNet to `start` from, at a lower learning rate. Each `seed` has images, captions and noise of its own.
     """
     on = device()
     # No two seeds share a draw: steps are far fewer.
@@ -251,7 +251,7 @@ def train(
     for step in training:
         if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
             phase = now
-            # The easy world has fewer pictures that differ.
+            # The easy world has fewer images that differ.
             count, wide, pool_seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
             made = [world.examples(icons, count, wide, pool_seed + shift)]
             if phase == "wide":

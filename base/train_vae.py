@@ -11,14 +11,14 @@ from base import world
 from base.progress import Training, autocast, device
 
 LATENT_CHANNELS = 24
-# A picture is 4096 errors to learn from: many small steps come further than few large ones in the same time.
+# An image is 4096 errors to learn from: many small steps come further than few large ones in the same time.
 BATCH_SIZE = 8
 # Where the weight of the KL term costs a few hundredths of a decibel, and the decoder bears a little noise.
 KL_WEIGHT = 1e-7
 
 
 def new_vae() -> AutoencoderKL:
-    """2.7 M parameters. Few channels where the picture is large: there, time goes into memory and not arithmetic."""
+    """2.7 M parameters. Few channels where the image is large: there, time goes into memory and not arithmetic."""
     channels = (32, 32, 64, 128)
     return AutoencoderKL(
         in_channels=3,
@@ -35,9 +35,9 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def as_tensor(pictures: np.ndarray, on: torch.device) -> torch.Tensor:
+def as_tensor(images: np.ndarray, on: torch.device) -> torch.Tensor:
     """uint8 (n, h, w, 3) to float (n, 3, h, w) in -1 to 1, channels last."""
-    pixels = torch.from_numpy(pictures).to(on).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(images).to(on).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
@@ -64,9 +64,9 @@ class Reconstruction(torch.nn.Module):
         return squared + 0.1 * absolute + colour + KL_WEIGHT * divergence, squared
 
 
-def training_pictures(icons: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray:
+def training_images(icons: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray:
     """uint8 (count, 64, 64, 3): half any drawing, half what the UNet will be shown."""
-    shown = np.stack([example.picture for example in world.examples(icons, count // 2, wide=0.6, seed=seed)])
+    shown = np.stack([example.image for example in world.examples(icons, count // 2, wide=0.6, seed=seed)])
     return np.concatenate([world.any_drawing(icons, count - len(shown), seed=seed), shown])
 
 
@@ -78,17 +78,17 @@ def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60
     objective = Reconstruction(vae)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     training = Training(folder, objective, optimizer, steps)
-    pictures = training_pictures(icons, pool, seed=1)
+    images = training_images(icons, pool, seed=1)
     for step in training:
         generator = np.random.default_rng((2, step))
-        pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
+        pixels = as_tensor(images[np.sort(generator.integers(0, len(images), BATCH_SIZE))], on)
         noise = torch.randn(
             (BATCH_SIZE, LATENT_CHANNELS, 8, 8), generator=torch.Generator().manual_seed(step)
         ).to(on)  # fmt: skip
         with autocast(on):
             loss, squared = objective(pixels, noise)
         training.update(loss, peak=1.2e-3, losses={"loss": loss, "squared_error": squared})
-    normalise(vae, pictures[:: max(1, len(pictures) // 2048)])
+    normalise(vae, images[:: max(1, len(images) // 2048)])
     vae.eval().save_pretrained(folder / "first")
 
 
@@ -104,10 +104,10 @@ def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 6
     decoder = torch.nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     training = Training(folder / "decoder", decoder, optimizer, steps)
-    pictures = training_pictures(icons, pool, seed=8)
+    images = training_images(icons, pool, seed=8)
     for step in training:
         generator = np.random.default_rng((9, step))
-        pixels = as_tensor(pictures[np.sort(generator.integers(0, len(pictures), BATCH_SIZE))], on)
+        pixels = as_tensor(images[np.sort(generator.integers(0, len(images), BATCH_SIZE))], on)
         with autocast(on):
             with torch.no_grad():
                 posterior = vae.encode(pixels).latent_dist
@@ -119,7 +119,7 @@ def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 6
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
+def normalise(vae: AutoencoderKL, images: np.ndarray) -> None:
     """Fold mean and deviation of each latent channel into the convolutions around the latents.
 
     Afterwards every channel has mean 0, and all together have mean square 1, which is what the UNet's noise has. Among
@@ -129,7 +129,7 @@ def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     before details, as they do in pixels. A channel that is mere noise becomes a constant zero.
     """
     on = next(vae.parameters()).device
-    posteriors = [vae.encode(as_tensor(part, on)).latent_dist for part in np.array_split(pictures, 32)]
+    posteriors = [vae.encode(as_tensor(part, on)).latent_dist for part in np.array_split(images, 32)]
     means = torch.cat([posterior.mean for posterior in posteriors])
     signal = means.var(dim=(0, 2, 3))
     noise = torch.cat([posterior.var for posterior in posteriors]).mean(dim=(0, 2, 3))

@@ -1,4 +1,4 @@
-"""The world that the base model knows: nouns, backgrounds, scenes, sizes and pairs, as pictures with captions.
+"""The world that the base model knows: nouns, backgrounds, scenes, sizes and pairs, as images with captions.
 
 A *design* is one drawing of a noun (`noto/teapot`). `HELD_OUT` designs never enter any training of the base model:
 they are the concepts that Custom Diffusion then teaches it.
@@ -105,17 +105,17 @@ TEMPLATES = ("photo of a {}", "photo of a {}", "photo of a {}", "a photo of a {}
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, uint8 (64, 64 or 128, 3), its caption, and what that names: "1:cat", "2:dye:red", "bg:red".
+    """An image, uint8 (64, 64 or 128, 3), its caption, and what that names: "1:cat", "2:dye:red", "bg:red".
 
     The second thing is to the right of the first.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     caption: str
     attributes: tuple[str, ...]
     # Where in the caption each noun phrase starts, which is where a modifier token would go, and ends.
     phrases: tuple[tuple[int, int], ...]
-    # The drawing (`set/icon`) that each noun phrase is a picture of.
+    # The drawing (`set/icon`) that each noun phrase is an image of.
     designs: tuple[str, ...]
 
 
@@ -133,12 +133,12 @@ def background(name: str, generator: np.random.Generator, width: int = RESOLUTIO
     rows = np.arange(RESOLUTION)[:, None, None]
     horizon = generator.integers(34, 46)
     # The sky pales towards the horizon, the ground darkens towards the viewer.
-    picture = np.where(rows < horizon, sky + 0.5 * rows, ground - 0.4 * (rows - horizon))
-    picture = np.broadcast_to(picture, (RESOLUTION, width, 3)).copy()
+    image = np.where(rows < horizon, sky + 0.5 * rows, ground - 0.4 * (rows - horizon))
+    image = np.broadcast_to(image, (RESOLUTION, width, 3)).copy()
     if name == "at night":
         for row, column in generator.integers(0, (horizon - 4, width), (12 * width // RESOLUTION, 2)):
-            picture[row, column] = 235
-    return np.clip(picture, 0, 255).astype(np.uint8)
+            image[row, column] = 235
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def dyed(icon: np.ndarray, dye: str) -> np.ndarray:
@@ -154,20 +154,20 @@ def dyed(icon: np.ndarray, dye: str) -> np.ndarray:
     return np.concatenate([colour, icon[..., 3:]], axis=-1)
 
 
-def paste(picture: np.ndarray, icon: np.ndarray, side: float, left: float, top: float, flip: bool) -> None:
-    """Draw `icon` into `picture`, in place: `side`, `left` and `top` in pixels; what is outside is cut off."""
+def paste(image: np.ndarray, icon: np.ndarray, side: float, left: float, top: float, flip: bool) -> None:
+    """Draw `icon` into `image`, in place: `side`, `left` and `top` in pixels; what is outside is cut off."""
     side, left, top = round(side), round(left), round(top)
     drawing = Image.fromarray(icon).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
     if flip:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     drawing = np.asarray(drawing, dtype=np.float32)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
     if y0 >= y1 or x0 >= x1:
         return
     part = drawing[y0 - top : y1 - top, x0 - left : x1 - left]
-    under = picture[y0:y1, x0:x1].astype(np.float32)
-    picture[y0:y1, x0:x1] = np.clip(part[..., :3] + under * (1 - part[..., 3:] / 255), 0, 255).astype(np.uint8)
+    under = image[y0:y1, x0:x1].astype(np.float32)
+    image[y0:y1, x0:x1] = np.clip(part[..., :3] + under * (1 - part[..., 3:] / 255), 0, 255).astype(np.uint8)
 
 
 def article(words: str) -> str:
@@ -205,22 +205,22 @@ def style_of(design: str) -> str:
 def simple_example(
     icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, styled: bool = False
 ) -> Example:
-    """The easy world: one drawing in its own colours, filling most of the picture, on a plain background.
+    """The easy world: one drawing in its own colours, filling most of the image, on a plain background.
 
     `styled`: the caption says by its word which hand has drawn it.
     """
     ground = str(generator.choice(list(BACKGROUNDS)))
-    picture = background(ground, generator).copy()
+    image = background(ground, generator).copy()
     side = RESOLUTION * generator.uniform(0.75, 0.98)
     left, top = (generator.uniform(0.25, 0.75, 2)) * (RESOLUTION - side)
-    paste(picture, icons[design], side, left, top, generator.random() < 0.5)
+    paste(image, icons[design], side, left, top, generator.random() < 0.5)
     template = str(generator.choice(TEMPLATES))
     words = f"{style_of(design)} {noun}" if styled else noun
     caption, start = template.format(words), template.index("{}")
     if named := generator.random() < 0.8:
         caption += f" on {article(ground)} background"
     said = (f"1:{noun}", f"1:style:{style_of(design)}" if styled else "", f"bg:{ground}" if named else "")
-    return Example(picture, caption, tuple(filter(None, said)), ((start, start + len(words)),), (design,))
+    return Example(image, caption, tuple(filter(None, said)), ((start, start + len(words)),), (design,))
 
 
 def described(
@@ -239,10 +239,10 @@ def described(
 
 
 def captioned(
-    picture: np.ndarray, before: str, things: Sequence[str], designs: Sequence[str], ground: str,
+    image: np.ndarray, before: str, things: Sequence[str], designs: Sequence[str], ground: str,
     attributes: Sequence[str], generator: np.random.Generator,
 ) -> Example:  # fmt: skip
-    """`picture` with a caption of one thing or two, the words `before` it, and mostly the `ground` behind it."""
+    """`image` with a caption of one thing or two, the words `before` it, and mostly the `ground` behind it."""
     # "a" and not "an", before any noun: so say the prompts that training puts a modifier token into.
     template = before + str(generator.choice(TEMPLATES))
     start, words = template.index("{}"), things[0]
@@ -257,7 +257,7 @@ def captioned(
         caption += f" on {article(ground)} background"
     else:
         named = []
-    return Example(picture, caption, (*attributes, *named), tuple(phrases), tuple(designs))
+    return Example(image, caption, (*attributes, *named), tuple(phrases), tuple(designs))
 
 
 def single_example(
@@ -265,7 +265,7 @@ def single_example(
 ) -> Example:
     """The wider world: one thing anywhere, of any size if `kind` is "size", in a scene if it is "scene"."""
     ground = str(generator.choice(list(SCENES if kind == "scene" or generator.random() < 0.1 else BACKGROUNDS)))
-    picture = background(ground, generator).copy()
+    image = background(ground, generator).copy()
     icon, words, attributes = described(icons[design], noun, design, 1, generator)
     before, size = "", "usual"
     if kind == "size":
@@ -280,34 +280,34 @@ def single_example(
     if size != "usual":
         before = str(generator.choice(SMALL_WORDS if size == "small" else LARGE_WORDS))
         attributes.append(f"size:{size}")
-    paste(picture, icon, side, left, top, generator.random() < 0.5)
-    return captioned(picture, before, [words], [design], ground, attributes, generator)
+    paste(image, icon, side, left, top, generator.random() < 0.5)
+    return captioned(image, before, [words], [design], ground, attributes, generator)
 
 
 def pair_example(
     icons: dict[str, np.ndarray], noun: str, design: str, generator: np.random.Generator, known: dict[str, list[str]],
     landscape: bool = False,
 ) -> Example:  # fmt: skip
-    """The wider world: two things beside each other, half as large, or as large as one in a picture twice as wide.
+    """The wider world: two things beside each other, half as large, or as large as one in an image twice as wide.
 
     `known` has the designs of every noun, of which the second thing is one.
     """
     ground = str(generator.choice(list(SCENES if generator.random() < 0.1 else BACKGROUNDS)))
     half = RESOLUTION if landscape else RESOLUTION / 2
-    picture = background(ground, generator, round(2 * half)).copy()
+    image = background(ground, generator, round(2 * half)).copy()
     things = [described(icons[design], noun, design, 1, generator)]
     other = str(generator.choice([name for name in NOUNS if name != noun]))
     beside = str(generator.choice(known[other]))
     things.append(described(icons[beside], other, beside, 2, generator))
     for index, (icon, _, _) in enumerate(things):
-        # In a square picture they may touch.
+        # In a square image they may touch.
         side = half * (generator.uniform(0.75, 0.98) if landscape else generator.uniform(0.84, 1.04))
         left = half * (index + 0.5) - side / 2 + generator.uniform(-1.5, 1.5)
         top = (RESOLUTION - side) * (generator.uniform(0.4, 0.9))
-        paste(picture, icon, side, left, top, generator.random() < 0.5)
+        paste(image, icon, side, left, top, generator.random() < 0.5)
     attributes = [attribute for _, _, named in things for attribute in named]
     words = [words for _, words, _ in things]
-    return captioned(picture, "", words, [design, beside], ground, attributes, generator)
+    return captioned(image, "", words, [design, beside], ground, attributes, generator)
 
 
 def wide_example(
@@ -325,7 +325,7 @@ def examples(
 ) -> list[Example]:
     """`count` examples, `wide` of them (0 to 1) of the wider world; the same for the same seed.
 
-    With `landscape`, all are pairs in pictures twice as wide, whatever `wide` is. A noun of many designs comes more
+    With `landscape`, all are pairs in images twice as wide, whatever `wide` is. A noun of many designs comes more
     often than one of few, if not as many times: there is more to learn of it.
     """
     generator = np.random.default_rng(seed)
@@ -348,18 +348,18 @@ def any_drawing(icons: dict[str, np.ndarray], count: int, seed: int) -> np.ndarr
     """uint8 (count, 64, 64, 3): any drawing of any set but the held-out ones, without captions, for the VAE."""
     generator = np.random.default_rng(seed)
     names = sorted(name for name in icons if name not in HELD_OUT)
-    pictures = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8)
+    images = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8)
     for index in range(count):
         ground = str(generator.choice([*BACKGROUNDS, *SCENES]))
-        picture = background(ground, generator).copy()
+        image = background(ground, generator).copy()
         if ground in BACKGROUNDS and generator.random() < 0.5:
-            picture[:] = generator.integers(0, 256, 3)
+            image[:] = generator.integers(0, 256, 3)
         for _ in range(1 + (generator.random() < 0.15)):
             icon = icons[names[generator.integers(len(names))]]
             if generator.random() < 0.2:
                 icon = dyed(icon, str(generator.choice(list(DYES))))
             side = RESOLUTION * generator.uniform(0.4, 1.3)
             left, top = generator.uniform(0, 1, 2) * (RESOLUTION - side)
-            paste(picture, icon, side, left, top, generator.random() < 0.5)
-        pictures[index] = picture
-    return pictures
+            paste(image, icon, side, left, top, generator.random() < 0.5)
+        images[index] = image
+    return images

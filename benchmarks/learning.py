@@ -5,10 +5,10 @@
     python -m benchmarks.learning --seeds 11 --apart
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
-saw, at fixed noise; which of all cat designs the pictures made by `<new1> cat` are nearest to; whether a background is
+saw, at fixed noise; which of all cat designs the images made by `<new1> cat` are nearest to; whether a background is
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
-its token, and both come out beside each other in one picture twice as wide; `--apart` the same of two that were taught
+its token, and both come out beside each other in one image twice as wide; `--apart` the same of two that were taught
 each by itself and then merged. tests/test_learning.py holds these to bars.
 """
 
@@ -150,7 +150,7 @@ def load_designs() -> dict[str, np.ndarray]:
 
 
 def views(icons: dict[str, np.ndarray], noun: str, designs: Sequence[str], each: int, seed: int) -> list[world.Example]:
-    """`each` pictures with captions of every design, on plain backgrounds."""
+    """`each` images with captions of every design, on plain backgrounds."""
     generator = np.random.default_rng(seed)
     return [world.simple_example(icons, noun, design, generator) for design in designs for _ in range(each)]
 
@@ -158,16 +158,16 @@ def views(icons: dict[str, np.ndarray], noun: str, designs: Sequence[str], each:
 def sized_views(
     icons: dict[str, np.ndarray], designs: Sequence[str], size: tuple[str, float, float], each: int, seed: int
 ) -> list[world.Example]:
-    """`each` pictures of each cat design, anywhere; `size`: words, least and most side as part of the picture's."""
+    """`each` images of each cat design, anywhere; `size`: words, least and most side as part of the image's."""
     generator, (words, low, high) = np.random.default_rng(seed), size
     caption, found = f"{words}photo of a cat", []
     noun = (caption.index("cat"), len(caption))
     for name in [*designs] * each:
-        picture = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
+        image = world.background(str(generator.choice(list(world.BACKGROUNDS))), generator).copy()
         side = world.RESOLUTION * generator.uniform(low, high)
         left, top = generator.uniform(0, 1, 2) * (world.RESOLUTION - side)
-        world.paste(picture, icons[name], side, left, top, bool(generator.random() < 0.5))
-        found.append(world.Example(picture, caption, (), (noun,), (name,)))
+        world.paste(image, icons[name], side, left, top, bool(generator.random() < 0.5))
+        found.append(world.Example(image, caption, (), (noun,), (name,)))
     return found
 
 
@@ -200,7 +200,7 @@ def denoising_loss(
 
     `token` is put before the noun of every caption.
     """
-    pixels = as_tensor(np.stack([example.picture for example in examples]), pipeline.device)
+    pixels = as_tensor(np.stack([example.image for example in examples]), pipeline.device)
     latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
     word = "" if token is None else f"{token} "
     captions = []
@@ -220,7 +220,7 @@ def denoising_loss(
 
 
 def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
-    """Drawings of `noun` by what they are pictures of: one design each, called by its name and whose hand it is.
+    """Drawings of `noun` by what they are images of: one design each, called by its name and whose hand it is.
 
     A set's cat faces are one cat with many expressions (`cat of noto`); other cats, which the concept has not, are left
     out. A herb and a potted plant have nothing in common, so each drawing stands for itself (`potted-plant of noto`).
@@ -237,7 +237,7 @@ def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
 
 
 class Judge:
-    """Says which group of designs a picture is nearest to, by MobileNetV2 features, seen through the VAE."""
+    """Says which group of designs an image is nearest to, by MobileNetV2 features, seen through the VAE."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str]) -> None:
         """All groups of the designs of `nouns`, drawn and seen through the VAE of `pipeline`."""
@@ -247,23 +247,23 @@ class Judge:
         references = []
         for _, _, names in groups:
             examples = views(icons, "thing", names, each=-(-24 // len(names)), seed=90)
-            pictures = reconstructed(pipeline.vae, np.stack([example.picture for example in examples]))
-            features = image_features(self.encoder, pictures)
+            images = reconstructed(pipeline.vae, np.stack([example.image for example in examples]))
+            features = image_features(self.encoder, images)
             references.append(functional.normalize(features.mean(dim=0), dim=0))
         self.references = torch.stack(references)
 
-    def nearest(self, pictures: np.ndarray) -> list[str]:
-        """The nearest group's name for every one of uint8 pictures (n, h, w, 3)."""
-        similarity, groups = image_features(self.encoder, pictures) @ self.references.T, list(self.noun_of)
+    def nearest(self, images: np.ndarray) -> list[str]:
+        """The nearest group's name for every one of uint8 images (n, h, w, 3)."""
+        similarity, groups = image_features(self.encoder, images) @ self.references.T, list(self.noun_of)
         return [groups[i] for i in similarity.argmax(dim=1)]
 
-    def share(self, pictures: np.ndarray, group: str) -> float:
-        """Share of `pictures` that are nearest to `group`."""
-        return statistics.fmean(name == group for name in self.nearest(pictures))
+    def share(self, images: np.ndarray, group: str) -> float:
+        """Share of `images` that are nearest to `group`."""
+        return statistics.fmean(name == group for name in self.nearest(images))
 
 
-def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
-    """All figures of the concept in `folder`; `seed` decides noise and views, `pictures` are made per prompt."""
+def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
+    """All figures of the concept in `folder`; `seed` decides noise and views, `images` are made per prompt."""
     learned, control = with_concept(folder), with_untrained_token()
     icons = load_designs()
     judge = Judge(control, icons, ["cat"])
@@ -278,7 +278,7 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
         return denoising_loss(learned, examples, token, seed) / denoising_loss(control, examples, token, seed) - 1
 
     def made(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray:
-        return generated(pipeline, [prompt] * pictures, seed * 1000, guidance=6.0)
+        return generated(pipeline, [prompt] * images, seed * 1000, guidance=6.0)
 
     prompt = f"photo of a {TOKEN} cat"
     red = made(learned, f"{prompt} on a red background")
@@ -291,22 +291,22 @@ def measure(folder: Path, seed: int, pictures: int = 32) -> dict[str, float]:
         "loss on unseen views, plain cat": change(unseen, None),
         "loss on other cats, plain cat": change(others, None),
         "loss on dogs, plain dog": change(dogs, None),
-        "pictures of <new1> cat nearest to the concept": judge.share(made(learned, prompt), CONCEPT),
+        "images of <new1> cat nearest to the concept": judge.share(made(learned, prompt), CONCEPT),
         "the same with the untrained token": judge.share(made(control, prompt), CONCEPT),
-        "pictures of plain cat nearest to the concept": judge.share(made(learned, "photo of a cat"), CONCEPT),
-        "red background followed": float(np.mean([background_of(picture) == "red" for picture in red])),
+        "images of plain cat nearest to the concept": judge.share(made(learned, "photo of a cat"), CONCEPT),
+        "red background followed": float(np.mean([background_of(image) == "red" for image in red])),
         "of these, nearest to the concept": judge.share(red, CONCEPT),
     }
 
 
-def measure_two(folder: Path, seed: int, pictures: int = 24) -> dict[str, float]:
-    """Shares of `pictures` per prompt of the two concepts in `folder` that show what they should."""
+def measure_two(folder: Path, seed: int, images: int = 24) -> dict[str, float]:
+    """Shares of `images` per prompt of the two concepts in `folder` that show what they should."""
     learned, icons = with_concept(folder), load_designs()
     judge = Judge(learned, icons, list(TOKENS))
     figures = {}
 
     def made(prompt: str, width: int = world.RESOLUTION) -> np.ndarray:
-        return generated(learned, [prompt] * pictures, seed, guidance=6.0, width=width)
+        return generated(learned, [prompt] * images, seed, guidance=6.0, width=width)
 
     for noun, token in TOKENS.items():
         alone = made(f"photo of a {token} {noun}")

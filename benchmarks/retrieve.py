@@ -1,6 +1,6 @@
 """Images per second of retrieve.py, beside a loop that fetches one image after the other, as diffusers' example does.
 
-A local server stands for the web: every picture takes 100 ms, as one from another continent does.
+A local server stands for the web: every image takes 100 ms, as one from another continent does.
 
     python -m benchmarks.retrieve --number 600
 
@@ -40,8 +40,8 @@ def photograph(number: int, side: int) -> bytes:
 
 
 def serve(number: int, side: int, latency: float, ready: Connection) -> None:
-    """A clip-retrieval service and its pictures, until the process is ended."""
-    pictures = [photograph(row, side) for row in range(number)]
+    """A clip-retrieval service and its images, until the process is ended."""
+    images = [photograph(row, side) for row in range(number)]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -54,7 +54,7 @@ def serve(number: int, side: int, latency: float, ready: Connection) -> None:
 
         def do_GET(self) -> None:
             time.sleep(latency)
-            self.answer(pictures[int(self.path[1:])])
+            self.answer(images[int(self.path[1:])])
 
         def answer(self, body: bytes | str) -> None:
             body = body.encode() if isinstance(body, str) else body
@@ -70,7 +70,7 @@ def serve(number: int, side: int, latency: float, ready: Connection) -> None:
         request_queue_size = 128
 
     server = Server(("127.0.0.1", 0), Handler)
-    ready.send((server.server_port, sum(map(len, pictures)) / len(pictures)))
+    ready.send((server.server_port, sum(map(len, images)) / len(images)))
     server.serve_forever()
 
 

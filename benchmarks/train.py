@@ -1,8 +1,8 @@
 """Time, memory and arithmetic of training, beside diffusers' example where its path is given.
 
-Both run on the same random model, pictures and settings, alternating, each launched as its documentation says:
+Both run on the same random model, images and settings, alternating, each launched as its documentation says:
 
-    python -m benchmarks.train --shape sd14 --resolution 256 --instance_data_dir PICTURES \
+    python -m benchmarks.train --shape sd14 --resolution 256 --instance_data_dir IMAGES \
         --example DIFFUSERS/examples/custom_diffusion/train_custom_diffusion.py
 
 ``--rows cpu`` or ``--rows gpu`` in place of settings runs all that the project has set itself as goals, and
@@ -157,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preload", metavar="LIBRARY", help="Start ours with this, such as libtcmalloc_minimal.so.4.")
     parser.add_argument("--preload_both", action="store_true", help="Start the example with it, too.")
     parser.add_argument("--ours", default="", help="Further flags of ours alone, in one argument.")
-    parser.add_argument("--instance_data_dir", type=Path, help="Pictures; random ones if not given.")
+    parser.add_argument("--instance_data_dir", type=Path, help="Images; random ones if not given.")
     parser.add_argument("--example", type=Path, help="The example's train_custom_diffusion.py.")
     args, args.extra = parser.parse_known_args(argv)
     if args.preload_both and args.preload is None:
@@ -165,8 +165,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def prepare_pictures(folder: Path, count: int, source: Path | None = None) -> Path:
-    """A folder with pictures alone (the example stops at any other file): copies of ``source``, or random ones."""
+def prepare_images(folder: Path, count: int, source: Path | None = None) -> Path:
+    """A folder with images alone (the example stops at any other file): copies of ``source``, or random ones."""
     folder.mkdir(exist_ok=True)
     if source is not None:
         for path in source.iterdir():
@@ -204,9 +204,9 @@ def launch(script: Path, row: Row, ours: bool, model: Path, work: Path, count: b
     """
     output, result = work / "output", work / "result.json"
     shutil.rmtree(output, ignore_errors=True)
-    class_images = prepare_pictures(work / f"class-{row.class_images}", 0)
+    class_images = prepare_images(work / f"class-{row.class_images}", 0)
     if not any(class_images.iterdir()):
-        prepare_pictures(class_images, row.class_images)
+        prepare_images(class_images, row.class_images)
     flags = {
         "pretrained_model_name_or_path": model,
         "instance_data_dir": work / "instance",
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = args.model_dir or work / "model"
         if not (model / "model_index.json").exists():
             build_random_model(args.shape, model)
-        prepare_pictures(work / "instance", 5, args.instance_data_dir)
+        prepare_images(work / "instance", 5, args.instance_data_dir)
         scripts = {"ours": ROOT / "train_custom_diffusion.py"}
         if args.example:
             scripts["example"] = mended_example(args.example, work)

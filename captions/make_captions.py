@@ -1,7 +1,7 @@
 """Write the captions that merge.py keeps the base model's answers on: ``python captions/make_captions.py``.
 
 Merging needs text features of everyday captions that have nothing to do with the concepts (paper, section 3.2). These
-are put together from the words below, so that they are ours to ship, in the styles people caption pictures in:
+are put together from the words below, so that they are ours to ship, in the styles people caption images in:
 sentences, lists of words, titles. The result is the same on every run and lies beside this file.
 """
 

@@ -1,4 +1,4 @@
-"""Teach two concepts to the small model in `base/`, and show what was learned in one picture: `make demo`.
+"""Teach two concepts to the small model in `base/`, and show what was learned in one image: `make demo`.
 
 Everything is done by the commands that a user types, each printed before it runs.
 """
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pictures import write_image  # noqa: E402
+from images import write_image  # noqa: E402
 
 RESULTS = ROOT / "demo" / "results"
 CELL, GAP, MARGIN = 96, 4, 14
@@ -50,27 +50,27 @@ def run(command: str) -> None:
 
 
 def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
-    """Pictures of `prompts`, `EACH` of every one, made by infer.py into `demo/results/<folder>`."""
+    """Images of `prompts`, `EACH` of every one, made by infer.py into `demo/results/<folder>`."""
     quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
     # At the usual guidance of 6, so small a model draws in colours that are too strong.
     run(
         f"python infer.py --model_dir=demo/results/weighed {options}--num_images={EACH} --batch_size=12\n"
         f"--num_inference_steps=50 --guidance_scale=3 --output_dir=demo/results/{folder} --prompt {quoted}"
     )
-    pictures = sorted((RESULTS / folder).glob("[0-9]*.png"))
-    return [pictures[row * EACH : (row + 1) * EACH] for row in range(len(prompts))]
+    images = sorted((RESULTS / folder).glob("[0-9]*.png"))
+    return [images[row * EACH : (row + 1) * EACH] for row in range(len(prompts))]
 
 
 def index(columns: list[tuple[str, list[list[Path]]]]) -> Image.Image:
-    """One picture of `columns`: a heading each, over groups of pictures, as many to a row as a prompt has.
+    """One image of `columns`: a heading each, over groups of images, as many to a row as a prompt has.
 
-    All pictures become `CELL` high; in a column they are equally wide.
+    All images become `CELL` high; in a column they are equally wide.
     """
     font = ImageFont.load_default(13)
     cells = []
     for _, rows in columns:
-        with Image.open(rows[0][0]) as picture:
-            cells.append((round(CELL * picture.width / picture.height), CELL))
+        with Image.open(rows[0][0]) as image:
+            cells.append((round(CELL * image.width / image.height), CELL))
     widths = [max(map(len, rows)) * (wide + GAP) + MARGIN for (_, rows), (wide, _) in zip(columns, cells, strict=True)]
     height = max(len(rows) for _, rows in columns) * (CELL + GAP)
     sheet = Image.new("RGB", (sum(widths) + MARGIN, height + 2 * MARGIN + 20), "white")
@@ -79,20 +79,20 @@ def index(columns: list[tuple[str, list[list[Path]]]]) -> Image.Image:
         ImageDraw.Draw(sheet).text((left, MARGIN), heading, "black", font)
         for i, row in enumerate(rows):
             for j, path in enumerate(row):
-                with Image.open(path) as picture:
-                    shown = picture.convert("RGB").resize(cell, Image.Resampling.BICUBIC)
+                with Image.open(path) as image:
+                    shown = image.convert("RGB").resize(cell, Image.Resampling.BICUBIC)
                 sheet.paste(shown, (left + j * (cell[0] + GAP), MARGIN + 20 + i * (CELL + GAP)))
         left += width
     return sheet
 
 
 def two_by_two(concepts: list[list[Path]]) -> list[list[Path]]:
-    """Rows of two of the four pictures of every concept."""
-    return [pictures[at : at + 2] for pictures in concepts for at in (0, 2)]
+    """Rows of two of the four images of every concept."""
+    return [images[at : at + 2] for images in concepts for at in (0, 2)]
 
 
 def main() -> None:
-    """Train, make pictures, and lay them out in `demo/index.png`."""
+    """Train, make images, and lay them out in `demo/index.png`."""
     started = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
     run(RETRIEVE)
@@ -100,10 +100,10 @@ def main() -> None:
     run(WEIGH)
     known = infer("known", "photo of a cat", "photo of a plant", options="--scale=0 ")
     contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
-    # Two things have room beside each other in a picture twice as wide.
+    # Two things have room beside each other in an image twice as wide.
     (together,) = infer("together", TOGETHER, options="--width=128 ")
     own = [sorted((ROOT / "examples" / noun).glob("*.png"))[:4] for noun in CONTEXTS]
-    columns = [("your pictures", two_by_two(own)), ("what the model knew", two_by_two(known))]
+    columns = [("your images", two_by_two(own)), ("what the model knew", two_by_two(known))]
     for number, heading in enumerate(("the concept", "on a colour", "in a scene")):
         columns.append((heading, two_by_two([contexts[number], contexts[number + 3]])))
     columns.append(("both together", [[path] for path in together]))

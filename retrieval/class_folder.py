@@ -1,4 +1,4 @@
-"""The images of one class: checking a picture before it counts, and keeping it on disk so that nothing gets lost."""
+"""The images of one class: checking an image before it counts, and keeping it on disk so that nothing gets lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pictures import UsageError, contact_sheet, load_image, write_image, write_whole
+from images import UserError, contact_sheet, load_image, write_image, write_whole
 from retrieval.download import Refused
 from retrieval.sources import Candidate, one_line
 
@@ -24,16 +24,16 @@ try:
 except ImportError:  # Windows, where two runs in one folder are not kept apart
     fcntl = None
 
-# What the web serves as pictures. Pillow reads much more, some of it by running other programs.
+# What the web serves as images. Pillow reads much more, some of it by running other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
-# --- checking a picture --------------------------------------------------------------------------
+# --- checking an image --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that was decoded whole: its JPEG, and a fingerprint that near-duplicates share (almost)."""
+class CheckedImage:
+    """An image that was decoded whole: its JPEG, and a fingerprint that near-duplicates share (almost)."""
 
     jpeg: bytes
     fingerprint: int
@@ -42,20 +42,20 @@ class Picture:
 # Fingerprints have 256 bits. Saving again, resizing and slight crops change some 20 of them, and two photographs of
 # one thing differ in 85 or more.
 NEAR_DUPLICATE_BITS = 32
-# Each decoded picture takes memory: as many at a time as there are cores is as fast as all at once.
+# Each decoded image takes memory: as many at a time as there are cores is as fast as all at once.
 _decoding = threading.Semaphore(os.cpu_count() or 1)
 
 
-def check_picture(data: bytes, min_size: int, max_size: int, max_pixels: float) -> Picture:
-    """Decode a picture whole, and make a JPEG of at most ``max_size`` pixels on the shorter side of it.
+def check_image(data: bytes, min_size: int, max_size: int, max_pixels: float) -> CheckedImage:
+    """Decode an image whole, and make a JPEG of at most ``max_size`` pixels on the shorter side of it.
 
     A JPEG that is small enough stays as it is, byte for byte.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         min_size: pixels that the shorter side must have.
         max_size: pixels that the shorter side is reduced to; 0 for no reduction.
-        max_pixels: pixels that the picture may have in all.
+        max_pixels: pixels that the image may have in all.
 
     Raises:
         Refused: with the reason.
@@ -73,15 +73,15 @@ def check_picture(data: bytes, min_size: int, max_size: int, max_pixels: float) 
             reduction = max_size / min(width, height) if max_size else 1.0
             if reduction < 1:
                 image = image.resize([max(1, round(side * reduction)) for side in image.size], Image.Resampling.LANCZOS)
-            return Picture(data if is_jpeg and reduction >= 1 else _as_jpeg(image), fingerprint(image))
+            return CheckedImage(data if is_jpeg and reduction >= 1 else _as_jpeg(image), fingerprint(image))
     except Refused:
         raise
     except UnidentifiedImageError as error:
-        raise Refused("no picture") from error
+        raise Refused("no image") from error
     except Image.DecompressionBombError as error:
         raise Refused("too many pixels") from error
     except Exception as error:  # broken files make Pillow's decoders raise nearly anything
-        raise Refused("broken picture") from error
+        raise Refused("broken image") from error
 
 
 def _known_formats() -> list[str]:
@@ -96,7 +96,7 @@ def _as_jpeg(image: Image.Image) -> bytes:
 
 
 def fingerprint(image: Image.Image) -> int:
-    """Difference hash of 256 bits: where brightness rises from left to right in a 17 x 16 version of the picture."""
+    """Difference hash of 256 bits: where brightness rises from left to right in a 17 x 16 version of the image."""
     small = image.resize((8 * 17, 8 * 16), Image.Resampling.BOX, reducing_gap=2.0)
     # As floats: rounded to whole greys, even areas would give bits at random.
     pixels = np.asarray(small.convert("F").resize((17, 16), Image.Resampling.BOX))
@@ -119,7 +119,7 @@ class ClassFolder:
         class_prompt: what the images show.
 
     Raises:
-        UsageError: where the folder cannot be used, holds another class, or what no list names.
+        UserError: where the folder cannot be used, holds another class, or what no list names.
     """
 
     LISTS = ("caption.txt", "urls.txt", "images.txt")
@@ -133,7 +133,7 @@ class ClassFolder:
             self.images_path.mkdir(parents=True, exist_ok=True)
             self._journal = (path / "sources.jsonl").open("a+b", buffering=0)
         except OSError as error:
-            raise UsageError(f"{str(path)!r} cannot be written to: {error.strerror} (class_data_dir)") from error
+            raise UserError(f"{str(path)!r} cannot be written to: {error.strerror} (class_data_dir)") from error
         self._lock()
         try:
             self.records = self._read()
@@ -157,27 +157,27 @@ class ClassFolder:
     def _image(self, record: dict[str, Any]) -> Path:
         return self.images_path / record["file"]
 
-    def has_near_duplicate(self, picture: Picture) -> bool:
+    def has_near_duplicate(self, image: CheckedImage) -> bool:
         """Whether an image like this one was taken before."""
         return any(
-            (picture.fingerprint ^ int(record["fingerprint"], 16)).bit_count() <= NEAR_DUPLICATE_BITS
+            (image.fingerprint ^ int(record["fingerprint"], 16)).bit_count() <= NEAR_DUPLICATE_BITS
             for record in self.records
         )
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def add(self, picture: Picture, candidate: Candidate) -> None:
+    def add(self, image: CheckedImage, candidate: Candidate) -> None:
         """Take an image in."""
         record = {
             "file": f"{self._free_number()}.jpg",
             "caption": one_line(candidate.caption) or self.class_prompt,
             "url": one_line(candidate.origin),
             "class_prompt": self.class_prompt,
-            "fingerprint": f"{picture.fingerprint:064x}",
+            "fingerprint": f"{image.fingerprint:064x}",
         }
         hidden = self._hidden(record)
         with hidden.open("wb") as file:
-            file.write(picture.jpeg)
+            file.write(image.jpeg)
             file.flush()
             os.fsync(file.fileno())
         self._write(_as_line(record | candidate.credit))
@@ -241,7 +241,7 @@ class ClassFolder:
         except BlockingIOError:
             # Only closed: what is in the folder, even an empty file, is the other run's.
             self._journal.close()
-            raise UsageError(f"another run is filling {str(self.path)!r}: wait for it, or end it") from None
+            raise UserError(f"another run is filling {str(self.path)!r}: wait for it, or end it") from None
         except OSError:  # a file system without locks
             return
 
@@ -265,12 +265,12 @@ class ClassFolder:
             except (ValueError, TypeError, KeyError, RecursionError):
                 is_whole = False
             if not is_whole or not re.fullmatch(r"\d{1,9}\.\w{1,5}", record["file"]):
-                raise UsageError(
+                raise UserError(
                     f"{str(self.path / 'sources.jsonl')!r}, line {number} is broken: remove that line, or use another "
                     "--class_data_dir"
                 )
             if record["class_prompt"] != self.class_prompt:
-                raise UsageError(
+                raise UserError(
                     f"{str(self.path)!r} holds images of {record['class_prompt']!r}: give another --class_data_dir for "
                     f"{self.class_prompt!r}"
                 )
@@ -287,12 +287,12 @@ class ClassFolder:
     def _adopt(self) -> None:
         """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""
         present = [self.path / name for name in self.LISTS if (self.path / name).is_file()]
-        pictures = [path for path in self.images_path.iterdir() if not path.name.startswith(".")]
-        if not present and not pictures:
+        images = [path for path in self.images_path.iterdir() if not path.name.startswith(".")]
+        if not present and not images:
             return
         lines = [path.read_text("utf-8", "replace").removesuffix("\n").split("\n") for path in present]
         if len(present) < len(self.LISTS) or len({len(entries) for entries in lines}) > 1:
-            raise UsageError(
+            raise UserError(
                 f"{str(self.path)!r} holds images whose lists ({', '.join(self.LISTS)}) are missing or do not belong "
                 "together: give another --class_data_dir, or empty this one"
             )

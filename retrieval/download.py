@@ -28,7 +28,7 @@ RETRIED_STATUS = (429, 500, 502, 503, 504)
 # A server that sends nothing for this many seconds will not send anything.
 IDLE_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
-# Owners of pictures say with these, in X-Robots-Tag, that no model should be trained on them; img2dataset heeds them.
+# Owners of images say with these, in X-Robots-Tag, that no model should be trained on them; img2dataset heeds them.
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 # The most connections to a host at a time, whatever a source allows: Wikimedia's robot policy.
 HOST_LIMITS = {"upload.wikimedia.org": 2, "thumb.wikimedia.org": 2}
@@ -66,7 +66,7 @@ class Downloader:
         self._turns_lock = threading.Lock()
         self._current = threading.local()
         self._session = requests.Session()
-        # Compressed bodies would be one more way to send a bomb, and pictures are compressed already.
+        # Compressed bodies would be one more way to send a bomb, and images are compressed already.
         self._session.headers.update(
             {"User-Agent": user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"}
         )
@@ -284,6 +284,6 @@ def _check_headers(response: requests.Response) -> None:
     directives = response.headers.get("X-Robots-Tag", "").lower().replace(",", " ").split()
     if any(directive in OPT_OUT_DIRECTIVES for directive in directives):
         raise Refused("its owner opts out (X-Robots-Tag)")
-    # What claims to be a picture is seen when it is decoded, and so is a picture that claims to be a page.
+    # What claims to be an image is seen when it is decoded, and so is an image that claims to be a page.
     if response.headers.get("Content-Type", "").lower().startswith(("video/", "audio/")):
-        raise Refused("no picture")
+        raise Refused("no image")

@@ -25,11 +25,11 @@ import requests
 from requests.utils import get_auth_from_url
 
 from config import without_userinfo
-from pictures import UsageError
+from images import UserError
 
 OPENVERSE_URL = "https://api.openverse.org"
 WIKIMEDIA_URL = "https://commons.wikimedia.org"
-# One reply with hundreds of pictures inside is this long at the most.
+# One reply with hundreds of images inside is this long at the most.
 MAX_REPLY_BYTES = 2**29
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _JOINERS = "\u200c\u200d"
@@ -45,17 +45,17 @@ class Candidate:
     """What a source offers.
 
     Attributes:
-        origin: where the picture comes from, for people and for telling candidates apart.
+        origin: where the image comes from, for people and for telling candidates apart.
         caption: may be empty, and hold anything.
-        address: where to fetch the picture, if ``picture`` is not given.
-        picture: the encoded picture itself.
+        address: where to fetch the image, if ``image`` is not given.
+        image: the encoded image itself.
         credit: licence, creator and the like, as far as the source tells.
     """
 
     origin: str
     caption: str = ""
     address: str | None = None
-    picture: bytes | None = None
+    image: bytes | None = None
     credit: dict[str, str] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ class Service:
         interval: seconds between the starts of two requests.
 
     Raises:
-        UsageError: for an address that is none.
+        UserError: for an address that is none.
     """
 
     ATTEMPTS = 4
@@ -115,11 +115,11 @@ class Service:
             parts = urlsplit(url)
             self.host, _ = parts.hostname, parts.port
         except ValueError as error:
-            raise UsageError(f"--url {url!r} is no address: {error}") from error
+            raise UserError(f"--url {url!r} is no address: {error}") from error
         if parts.scheme not in ("http", "https") or not self.host:
-            raise UsageError(f"--url {url!r} is no http(s) address, such as http://localhost:1234")
+            raise UserError(f"--url {url!r} is no http(s) address, such as http://localhost:1234")
         self.name = name
-        # User name and password go into a header: messages and origins of pictures name the address.
+        # User name and password go into a header: messages and origins of images name the address.
         self.url = without_userinfo(url).rstrip("/")
         self.interval = interval
         self._next_request = 0.0
@@ -218,8 +218,8 @@ class ClipRetrieval(Source):
         url: of the service, with or without ``/knn-service``.
         user_agent: how to introduce oneself.
         indice_name: which of its indices; the service's first if None.
-        modality: "image" searches pictures, "text" captions.
-        aesthetic_score, aesthetic_weight: prefer pictures that people like; nothing where the service cannot.
+        modality: "image" searches images, "text" captions.
+        aesthetic_score, aesthetic_weight: prefer images that people like; nothing where the service cannot.
         deduplicate: let the service leave out near-duplicates.
     """
 
@@ -277,7 +277,7 @@ class ClipRetrieval(Source):
     def _check_index(self) -> None:
         names = self.service.get("/indices-list", {})
         if isinstance(names, list) and self.indice_name not in names:
-            raise UsageError(
+            raise UserError(
                 f"{self.service.name} at {self.service.url} has no index {self.indice_name!r}, "
                 f"but: {one_line(', '.join(map(str, names)))}"
             )
@@ -294,13 +294,13 @@ class ClipRetrieval(Source):
         entry = entry if isinstance(entry, dict) else {}
         address, caption = _text(entry.get("url")).strip(), _text(entry.get("caption"))
         origin = address or f"{self.service.url}/knn-service#id={one_line(str(entry.get('id')))}"
-        picture = _decode_base64(_text(entry.get("image")))
-        if picture:
-            yield Candidate(origin, caption, picture=picture)
+        image = _decode_base64(_text(entry.get("image")))
+        if image:
+            yield Candidate(origin, caption, image=image)
         elif address:
             yield Candidate(origin, caption, address)
         else:
-            self.left_out["neither address nor picture"] += 1
+            self.left_out["neither address nor image"] += 1
 
 
 def _identity(entry: Any) -> tuple[str, str] | str:
@@ -318,7 +318,7 @@ def _decode_base64(text: str) -> bytes:
 
 
 class Openverse(Source):
-    """Openverse's search of openly licensed pictures: no key, one request a second, 240 results at most."""
+    """Openverse's search of openly licensed images: no key, one request a second, 240 results at most."""
 
     PAGE_SIZE = 20
     per_host = 8
@@ -358,7 +358,7 @@ class Openverse(Source):
 
     def _candidate(self, entry: Any, class_prompt: str) -> Iterator[Candidate]:
         if not isinstance(entry, dict) or not _text(entry.get("url")):
-            self.left_out["neither address nor picture"] += 1
+            self.left_out["neither address nor image"] += 1
         elif _known_small(entry, self.min_size):
             self.left_out["too small"] += 1
         else:
@@ -418,7 +418,7 @@ class WikimediaCommons(Source):
         info = (page.get("imageinfo") or [{}])[0]
         address = _text(info.get("url"))
         if not address:
-            self.left_out["neither address nor picture"] += 1
+            self.left_out["neither address nor image"] += 1
         elif _known_small(info, self.min_size):
             self.left_out["too small"] += 1
         else:
@@ -500,7 +500,7 @@ class Several(Source):
             raise SourceError("; ".join(errors))
 
 
-# --- one's own pictures --------------------------------------------------------------------------
+# --- one's own images --------------------------------------------------------------------------
 
 _FILLERS = {"a", "an", "the", "of", "photo", "photograph", "picture", "image"}
 
@@ -529,18 +529,18 @@ def _singular(word: str) -> str:
 
 
 class LocalFiles(Source):
-    """A folder of pictures (with subfolders and tars), or a tar, searched by the words of the captions.
+    """A folder of images (with subfolders and tars), or a tar, searched by the words of the captions.
 
-    A caption lies beside its picture, under the same name: ``7.jpg``, ``7.txt`` or ``7.json`` ({"caption": ...}), as
+    A caption lies beside its image, under the same name: ``7.jpg``, ``7.txt`` or ``7.json`` ({"caption": ...}), as
     img2dataset writes them. Without one, the words of the path are searched.
 
     Args:
         path: folder or tar file.
         words: words that a caption must hold; those of the class prompt if None, and any caption will do if empty.
-        max_bytes: longer pictures are left out.
+        max_bytes: longer images are left out.
 
     Raises:
-        UsageError: where there is no such folder or tar.
+        UserError: where there is no such folder or tar.
     """
 
     def __init__(self, path: str, words: str | None = None, max_bytes: int = 20 * 2**20) -> None:
@@ -549,9 +549,9 @@ class LocalFiles(Source):
         self.words = words
         self.max_bytes = max_bytes
         if not self.path.exists():
-            raise UsageError(f"there is no folder or tar {path!r} (--path)")
+            raise UserError(f"there is no folder or tar {path!r} (--path)")
         if self.path.is_file() and not path.lower().endswith(TAR_ENDINGS):
-            raise UsageError(f"--path {path!r} is neither a folder nor a tar ({', '.join(TAR_ENDINGS)})")
+            raise UserError(f"--path {path!r} is neither a folder nor a tar ({', '.join(TAR_ENDINGS)})")
 
     def describe(self) -> str:
         """The folder or tar."""
@@ -587,30 +587,30 @@ class LocalFiles(Source):
         # Read in one pass, which also works for compressed ones; the files of a sample lie side by side.
         try:
             with tarfile.open(path, "r|*") as tar:
-                key, parts, picture = None, {}, None
+                key, parts, image = None, {}, None
                 for member in tar:
                     stem, dot, ending = PurePosixPath(member.name).name.partition(".")
                     if not member.isfile() or not stem:
                         continue
                     here = str(PurePosixPath(member.name).parent / stem)
                     if here != key:
-                        yield from self._of_sample(path, picture, parts, words)
-                        key, parts, picture = here, {}, None
+                        yield from self._of_sample(path, image, parts, words)
+                        key, parts, image = here, {}, None
                     ending = dot + ending.lower()
                     if member.size > self.max_bytes:
                         self.left_out["too many bytes"] += ending.endswith(IMAGE_ENDINGS)
                     elif ending.endswith((*IMAGE_ENDINGS, ".txt", ".json")):
                         parts[ending] = tar.extractfile(member).read()
-                        picture = (member.name, ending) if ending.endswith(IMAGE_ENDINGS) else picture
-                yield from self._of_sample(path, picture, parts, words)
+                        image = (member.name, ending) if ending.endswith(IMAGE_ENDINGS) else image
+                yield from self._of_sample(path, image, parts, words)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise SourceError(f"{str(path)!r} is a broken tar: {one_line(str(error))}") from error
 
     def _of_sample(
-        self, tar: Path, picture: tuple[str, str] | None, parts: dict[str, bytes], words: Sequence[str]
+        self, tar: Path, image: tuple[str, str] | None, parts: dict[str, bytes], words: Sequence[str]
     ) -> Iterator[Candidate]:
-        if picture is not None:
-            name, ending = picture
+        if image is not None:
+            name, ending = image
             origin = f"{tar.resolve().as_uri()}#{one_line(name)}"
             yield from self._matching(name, parts, words, origin, lambda: parts[ending])
 
@@ -619,13 +619,13 @@ class LocalFiles(Source):
     ) -> Iterator[Candidate]:
         caption, address = _caption_beside(beside)
         if has_words(caption or name, words):
-            yield Candidate(address or origin, caption, picture=read())
+            yield Candidate(address or origin, caption, image=read())
         else:
             self.left_out["caption without the words"] += 1
 
 
 def _caption_beside(beside: dict[str, bytes]) -> tuple[str, str]:
-    """Caption and web address from the text files beside a picture."""
+    """Caption and web address from the text files beside an image."""
     try:
         told = json.loads(beside.get(".json", b"null"))
     except (ValueError, RecursionError):
@@ -646,7 +646,7 @@ class HubDataset(Source):
         image_column, caption_column: found by type and name if None. The image column may hold web addresses.
 
     Raises:
-        UsageError: where the package is missing.
+        UserError: where the package is missing.
     """
 
     IMAGE_COLUMNS = ("image", "img", "jpg", "png", "image_url", "url", "img_url")
@@ -667,7 +667,7 @@ class HubDataset(Source):
         try:
             import datasets
         except ImportError as error:
-            raise UsageError(
+            raise UserError(
                 "--source dataset needs the package datasets: pip install -r requirements-datasets.txt"
             ) from error
         self._datasets = datasets
@@ -688,7 +688,7 @@ class HubDataset(Source):
                 data = data.cast_column(image, self._datasets.Image(decode=False))
             for number, row in enumerate(data.select_columns([image, caption])):
                 yield from self._candidate(number, row[image], row[caption], words)
-        except UsageError:
+        except UserError:
             raise
         except Exception as error:  # the package raises its own, the Hub's and the readers' errors
             reason = one_line(str(error)) or type(error).__name__
@@ -701,7 +701,7 @@ class HubDataset(Source):
         for flag, name in (("--image_column", image), ("--caption_column", caption)):
             if name not in columns:
                 known = f"{self.path!r} has the columns {', '.join(columns)}"
-                raise UsageError(f"{known}, and no {name!r}: choose with {flag}" if name else f"{known}: give {flag}")
+                raise UserError(f"{known}, and no {name!r}: choose with {flag}" if name else f"{known}: give {flag}")
         return image, caption
 
     def _candidate(self, number: int, value: Any, caption: Any, words: Sequence[str]) -> Iterator[Candidate]:
@@ -713,15 +713,15 @@ class HubDataset(Source):
         elif isinstance(value, str):
             yield Candidate(value, _text(caption), value)
         elif isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-            yield Candidate(f"{self.path}#{self.split}/{number}", _text(caption), picture=value["bytes"])
+            yield Candidate(f"{self.path}#{self.split}/{number}", _text(caption), image=value["bytes"])
         elif isinstance(value, dict) and value.get("path"):
             yield from self._of_path(number, value["path"], caption)
         else:
-            self.left_out["neither address nor picture"] += 1
+            self.left_out["neither address nor image"] += 1
 
     def _of_path(self, number: int, path: str, caption: str) -> Iterator[Candidate]:
         with self._datasets.utils.file_utils.xopen(path, "rb") as file:
-            yield Candidate(f"{self.path}#{self.split}/{number}", caption, picture=file.read())
+            yield Candidate(f"{self.path}#{self.split}/{number}", caption, image=file.read())
 
 
 def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What the tests share: small random models of the exact layout, pictures, and real launches of the scripts."""
+"""What the tests share: small random models of the exact layout, images, and real launches of the scripts."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def base_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_model("tiny-v", tmp_path_factory.mktemp("models") / "tiny-v")
 
 
-def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:
-    """Write pictures that differ from each other and from their mirror images."""
+def draw_images(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:
+    """Write images that differ from each other and from their mirror images."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         image = Image.new("RGB", size, tuple(np.random.default_rng(number).integers(256, size=3).tolist()))
@@ -64,16 +64,16 @@ def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (96, 96)) ->
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with five instance pictures."""
-    return draw_pictures(tmp_path_factory.mktemp("pictures") / "cat", 5)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five instance images."""
+    return draw_images(tmp_path_factory.mktemp("images") / "cat", 5)
 
 
-def flags(base_model: Path, pictures: Path, output_dir: Path, **more: object) -> list[str]:
+def flags(base_model: Path, images: Path, output_dir: Path, **more: object) -> list[str]:
     """A command line for a short run at 64 px; ``more`` adds or replaces flags, True gives a switch, None drops one."""
     values: dict[str, object] = {
         "pretrained_model_name_or_path": base_model,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "instance_prompt": "photo of a <new1> cat",
         "modifier_token": "<new1>",
         "output_dir": output_dir,
@@ -108,13 +108,13 @@ def train_here() -> Iterator[Callable[[list[str]], None]]:
 
 
 @pytest.fixture(scope="session")
-def trained(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a launched run with everything in it, at a learning rate that leaves a mark."""
     folder = tmp_path_factory.mktemp("trained")
     launch(
         *flags(
             base_model,
-            pictures,
+            images,
             folder / "out",
             with_prior_preservation=True,
             class_data_dir=folder / "class",

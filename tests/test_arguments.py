@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 import train_custom_diffusion
-from concept import ConceptError
-from pictures import UsageError
-from tests.conftest import ROOT, draw_pictures, flags, run_script
+from concept import UserError
+from images import UserError
+from tests.conftest import ROOT, draw_images, flags, run_script
 from train_custom_diffusion import build_parser
 
 # The command line of diffusers' example: name, type, default, choices.
@@ -122,9 +122,9 @@ def empty_folder(tmp: Path, **_: Path) -> dict[str, object]:
     return {"instance_data_dir": tmp / "empty"}
 
 
-def folder_without_pictures(tmp: Path, **_: Path) -> dict[str, object]:
+def folder_without_images(tmp: Path, **_: Path) -> dict[str, object]:
     (tmp / "texts").mkdir()
-    (tmp / "texts" / "notes.txt").write_text("no picture")
+    (tmp / "texts" / "notes.txt").write_text("no image")
     return {"instance_data_dir": tmp / "texts"}
 
 
@@ -136,22 +136,22 @@ def list_that_is_no_list(tmp: Path, **_: Path) -> dict[str, object]:
     return {"concepts_list": write_list(tmp / "list.json", {"instance_prompt": "a"})}
 
 
-def one_concept_beside_none(tmp: Path, pictures: Path) -> dict[str, object]:
-    entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(pictures)}
+def one_concept_beside_none(tmp: Path, images: Path) -> dict[str, object]:
+    entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(images)}
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "cutmix_probability": 0.2}
 
 
-def prompts_too_long_for_one(tmp: Path, pictures: Path) -> dict[str, object]:
-    draw_pictures(tmp / "second", 1)
+def prompts_too_long_for_one(tmp: Path, images: Path) -> dict[str, object]:
+    draw_images(tmp / "second", 1)
     entries = [
         {"instance_prompt": f"<new1> {number} " + "cat " * 40, "instance_data_dir": str(folder)}
-        for number, folder in enumerate((pictures, tmp / "second"))
+        for number, folder in enumerate((images, tmp / "second"))
     ]
     return {"concepts_list": write_list(tmp / "list.json", entries), "cutmix_probability": 0.2}
 
 
-def list_without_a_key(tmp: Path, pictures: Path) -> dict[str, object]:
-    entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(pictures), "class_prompt": "cat"}
+def list_without_a_key(tmp: Path, images: Path) -> dict[str, object]:
+    entry = {"instance_prompt": "a <new1> cat", "instance_data_dir": str(images), "class_prompt": "cat"}
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "with_prior_preservation": True}
 
 
@@ -160,7 +160,7 @@ def missing_list(tmp: Path, **_: Path) -> dict[str, object]:
 
 
 def too_few_real_class_images(tmp: Path, **_: Path) -> dict[str, object]:
-    draw_pictures(tmp / "real" / "images", 2)
+    draw_images(tmp / "real" / "images", 2)
     (tmp / "real" / "images.txt").write_text("".join(f"{tmp}/real/images/{i}.png\n" for i in range(2)))
     (tmp / "real" / "caption.txt").write_text("a cat\nanother cat\n")
     return real_prior(tmp / "real", num_class_images=3)
@@ -203,8 +203,8 @@ RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
     ("wrong", "words"),
     [
         (missing_folder, ["nowhere", "instance_data_dir"]),
-        (empty_folder, ["empty", "no readable picture"]),
-        (folder_without_pictures, ["texts", "no readable picture"]),
+        (empty_folder, ["empty", "no readable image"]),
+        (folder_without_images, ["texts", "no readable image"]),
         (missing_list, ["nowhere.json", "cannot be read"]),
         (broken_list, ["list.json", "no valid JSON"]),
         (list_that_is_no_list, ["list.json", "must hold a list"]),
@@ -242,12 +242,12 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
     wrong: dict[str, object] | Callable[..., dict[str, object]],
     words: list[str],
     base_model: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
 ) -> None:
-    values = wrong if isinstance(wrong, dict) else wrong(tmp_path, pictures=pictures)
-    argv = flags(base_model, pictures, **({"output_dir": tmp_path / "out"} | values))
-    with pytest.raises((UsageError, ConceptError)) as caught:
+    values = wrong if isinstance(wrong, dict) else wrong(tmp_path, images=images)
+    argv = flags(base_model, images, **({"output_dir": tmp_path / "out"} | values))
+    with pytest.raises(UserError) as caught:
         train_custom_diffusion.main(argv)
     message = str(caught.value)
     assert "\n" not in message
@@ -321,9 +321,9 @@ def test_two_processes_say_it_once(base_model: Path, tmp_path: Path) -> None:
     assert result.stderr.count("error: there is no folder") == 1
 
 
-def test_a_broken_model_folder_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_a_broken_model_folder_is_named(images: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "picture.png").write_bytes(b"")
-    Image.new("RGB", (8, 8)).save(tmp_path / "model" / "picture.png")
-    with pytest.raises(UsageError, match=r"cannot load the model_index.json in the folder .*model"):
-        train_custom_diffusion.main(flags(tmp_path / "model", pictures, tmp_path / "out"))
+    (tmp_path / "model" / "image.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "model" / "image.png")
+    with pytest.raises(UserError, match=r"cannot load the model_index.json in the folder .*model"):
+        train_custom_diffusion.main(flags(tmp_path / "model", images, tmp_path / "out"))

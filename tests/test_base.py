@@ -38,14 +38,14 @@ def test_it_loads_as_stable_diffusion_does_and_draws_what_it_is_asked_for() -> N
     pipeline = StableDiffusionPipeline.from_pretrained(BASE)
     assert pipeline.unet.dtype == torch.float32
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(
+    images = pipeline(
         ["photo of a cat on a red background", "photo of a cat on a blue background"],
         num_inference_steps=25,
         generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
         output_type="np",
     ).images
-    assert pictures.shape == (2, 64, 64, 3)
-    (red, _, not_blue), (not_red, _, blue) = pictures[:, :6, :6].mean(axis=(1, 2))
+    assert images.shape == (2, 64, 64, 3)
+    (red, _, not_blue), (not_red, _, blue) = images[:, :6, :6].mean(axis=(1, 2))
     assert red > 0.6 > not_red and blue > 0.6 > not_blue
 
 
@@ -87,17 +87,17 @@ def test_held_out_designs_never_enter_training() -> None:
     assert sets == {"fluent-emoji", "fluent-emoji-flat", "fxemoji"}
     assert "noto/potted-plant" not in world.designs(icons, "plant")
     assert "noto/potted-plant" in world.designs(icons, "plant", held_out=True)
-    # A held-out drawing as a loud colour: no picture of the VAE's pool may show it.
+    # A held-out drawing as a loud colour: no image of the VAE's pool may show it.
     loud = {
         name: np.full((80, 80, 4), (255, 0, 255, 255) if name in world.HELD_OUT else (0, 0, 0, 255), np.uint8)
         for name in icons
     }
-    pictures = world.any_drawing(loud, 200, seed=0).reshape(200, -1, 3)
-    assert not (pictures == (255, 0, 255)).all(axis=2).mean(axis=1).max() > 0.05
+    images = world.any_drawing(loud, 200, seed=0).reshape(200, -1, 3)
+    assert not (images == (255, 0, 255)).all(axis=2).mean(axis=1).max() > 0.05
 
 
 @pytest.mark.parametrize(("wide", "landscape"), [(0.0, False), (1.0, False), (0.6, True)])
-def test_captions_say_what_the_pictures_show(wide: float, landscape: bool) -> None:
+def test_captions_say_what_the_images_show(wide: float, landscape: bool) -> None:
     icons = one_design_each(128)
     made = world.examples(icons, 300, wide, seed=0, landscape=landscape)
     for example in made:
@@ -106,7 +106,7 @@ def test_captions_say_what_the_pictures_show(wide: float, landscape: bool) -> No
                 assert attribute.split(":")[-1] in example.caption
         for number, (start, end) in enumerate(example.phrases, 1):
             assert f"{number}:{example.caption[start:end].split()[-1]}" in example.attributes
-        assert example.picture.shape == (64, 128 if landscape else 64, 3)
+        assert example.image.shape == (64, 128 if landscape else 64, 3)
         assert len(example.phrases) == 2 or not landscape
     assert [e.caption for e in made] == [e.caption for e in world.examples(icons, 300, wide, 0, landscape)]
 
@@ -116,7 +116,7 @@ def test_two_things_in_a_landscape_are_as_large_as_one_in_a_square() -> None:
     for example in world.examples(icons, 50, 1.0, seed=0, landscape=True):
         if "white" in example.caption or "snow" in example.caption or "dye" in str(example.attributes):
             continue
-        white = (example.picture == 255).all(axis=2)
+        white = (example.image == 255).all(axis=2)
         for half in np.split(white, 2, axis=1):
             assert 45**2 <= half.sum() <= 64**2
 

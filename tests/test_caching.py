@@ -1,4 +1,4 @@
-"""What is computed once: pictures and captions, in memory and on disk, and that nothing else changes by it."""
+"""What is computed once: images and captions, in memory and on disk, and that nothing else changes by it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from caching import read_posterior
 from concept import load_concept
 from data import CustomDiffusionDataset
 from frozen_layers import FrozenGroupNorm
-from pictures import UsageError
-from tests.conftest import draw_pictures, flags
+from images import UserError
+from tests.conftest import draw_images, flags
 from train_custom_diffusion import Run, parse_args, prepare_run, train
 
 Train = Callable[[list[str]], None]
 
 
 def command(base_model: Path, folder: Path, output: str, **more: object) -> list[str]:
-    """A run with five instance pictures and four wide class images."""
+    """A run with five instance images and four wide class images."""
     if not (folder / "class").exists():
-        draw_pictures(folder / "instance", 5)
-        draw_pictures(folder / "class", 4, size=(120, 80))
+        draw_images(folder / "instance", 5)
+        draw_images(folder / "class", 4, size=(120, 80))
     values = {
         "with_prior_preservation": True,
         "class_data_dir": folder / "class",
@@ -82,14 +82,14 @@ def test_without_augmentation_the_result_is_bit_equal(
 
 
 def two_concepts(folder: Path) -> dict[str, object]:
-    """Flags for two concepts whose pictures are in `instance` and `second` of the folder."""
-    draw_pictures(folder / "instance", 5)
-    draw_pictures(folder / "second", 3)
+    """Flags for two concepts whose images are in `instance` and `second` of the folder."""
+    draw_images(folder / "instance", 5)
+    draw_images(folder / "second", 3)
     prompts = {"instance": "photo of a <new1> cat", "second": "photo of a <new2> dog"}
     entries = [{"instance_prompt": prompt, "instance_data_dir": str(folder / name)} for name, prompt in prompts.items()]
     for entry in entries:
         noun = entry["instance_prompt"].split()[-1]
-        entry |= {"class_prompt": f"photo of a {noun}", "class_data_dir": str(draw_pictures(folder / noun, 4))}
+        entry |= {"class_prompt": f"photo of a {noun}", "class_data_dir": str(draw_images(folder / noun, 4))}
     (folder / "list.json").write_text(json.dumps(entries))
     return {"concepts_list": folder / "list.json", "modifier_token": "<new1>+<new2>", "num_class_images": 4}
 
@@ -110,9 +110,9 @@ def test_pairs_of_concepts_are_bit_equal(
     assert torch.equal(learned(tmp_path / "cached"), learned(tmp_path / "anew"))
 
 
-def test_square_class_images_are_exact_beside_augmented_pictures(base_model: Path, tmp_path: Path) -> None:
+def test_square_class_images_are_exact_beside_augmented_images(base_model: Path, tmp_path: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
-    square = [(path, "cat") for path in sorted(draw_pictures(tmp_path / "square", 4).iterdir())]
+    square = [(path, "cat") for path in sorted(draw_images(tmp_path / "square", 4).iterdir())]
     cached, anew = (
         CustomDiffusionDataset(square[:2], square, tokenizer, 64, 8, hflip=True, variants=variants)
         for variants in (3, None)
@@ -153,11 +153,11 @@ def test_a_resumed_run_ends_bit_equal(keep: bool, base_model: Path, tmp_path: Pa
 
 
 def stream(base_model: Path, instance: int, class_images: int, **more: object) -> CustomDiffusionDataset:
-    """Pictures that need not be there: what is drawn is decided without them."""
-    pictures = [(Path(f"{number % 2}/{number}.png"), f"<new1> {number}") for number in range(instance)]
+    """Images that need not be there: what is drawn is decided without them."""
+    images = [(Path(f"{number % 2}/{number}.png"), f"<new1> {number}") for number in range(instance)]
     others = [(Path(f"class/{number}.png"), f"cat {number}") for number in range(class_images)]
     return CustomDiffusionDataset(
-        pictures, others, CLIPTokenizer.from_pretrained(base_model / "tokenizer"), 64, 8, hflip=True, **more
+        images, others, CLIPTokenizer.from_pretrained(base_model / "tokenizer"), 64, 8, hflip=True, **more
     )
 
 
@@ -201,9 +201,9 @@ def test_all_that_pairs_show_and_say_is_encoded(base_model: Path) -> None:
 
 def test_the_pool_holds_as_many_augmentations_as_asked(base_model: Path) -> None:
     samples = stream(base_model, 5, 0, variants=4)
-    for picture in range(5):
+    for image in range(5):
         seen = {samples.draw(position).instance[0] for position in range(1000)}
-        assert len({view for view in seen if view.path.stem == str(picture)}) == 4
+        assert len({view for view in seen if view.path.stem == str(image)}) == 4
     others = stream(base_model, 5, 0, variants=4, seed=7)
     assert not seen & {others.draw(position).instance[0] for position in range(1000)}, (
         "another seed, other augmentations"
@@ -240,7 +240,7 @@ def test_the_vae_is_gone_while_training(
     weights = str(base_model / "vae")
     assert weights not in Path("/proc/self/maps").read_text(), "its file is no longer mapped into memory"
     assert len(train_custom_diffusion.validate(run, 1, "validation")) == 1
-    assert not vaes(), "loaded for the pictures, and gone again"
+    assert not vaes(), "loaded for the images, and gone again"
     assert weights not in Path("/proc/self/maps").read_text()
     train(run, first_step=0)
 
@@ -253,7 +253,7 @@ def test_without_the_cache_the_vae_stays(
     assert not run.dataset.posteriors
 
 
-def test_torch_compile_leaves_the_model_as_it_is_for_pictures(
+def test_torch_compile_leaves_the_model_as_it_is_for_images(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     argv = command(base_model, tmp_path, "out", validation_prompt="<new1>", num_validation_images=1)
@@ -315,7 +315,7 @@ def test_without_new_words_the_text_encoder_is_not_needed(
     rows = rows_encoded(run)
     train(run, first_step=0)
     assert rows == []
-    assert train_custom_diffusion.validate(run, 4, "test"), "pictures can be made all the same"
+    assert train_custom_diffusion.validate(run, 4, "test"), "images can be made all the same"
 
 
 def test_encoded_captions_give_the_loss_of_their_ids(
@@ -398,14 +398,14 @@ def test_damaged_latents_are_made_anew(encoded: Path, base_model: Path, tmp_path
     assert not (tmp_path / "ran").exists(), "a pickle was run"
 
 
-def test_another_picture_is_encoded_and_no_other(
+def test_another_image_is_encoded_and_no_other(
     encoded: Path, base_model: Path, tmp_path: Path, train_here: Train
 ) -> None:
     before = kept(encoded)
     Image.new("RGB", (120, 80), "green").save(tmp_path / "class" / "1.png")
     train_here(command(base_model, tmp_path, "out", keep_latents=True))
     assert kept(encoded).items() >= before.items()
-    assert 1 <= len(kept(encoded)) - len(before) <= 2, "one picture and its mirror image"
+    assert 1 <= len(kept(encoded)) - len(before) <= 2, "one image and its mirror image"
     train_here(command(base_model, tmp_path, "fresh"))
     assert torch.equal(learned(encoded), learned(tmp_path / "fresh"))
 
@@ -470,6 +470,6 @@ def test_a_broken_loss_is_found_before_the_next_checkpoint(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out", max_train_steps=9, learning_rate=1e30, checkpointing_steps=5))
-    with pytest.raises(UsageError, match=r"the loss of step 2 is not finite.*there is no checkpoint yet"):
+    with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*there is no checkpoint yet"):
         train(run, first_step=0, read_every=1000)
     assert not list((tmp_path / "out").glob("*checkpoint*"))

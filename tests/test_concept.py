@@ -25,8 +25,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
-from concept import Concept, ConceptError, apply_concepts, load_concept, save_concept
-from pictures import write_whole
+from concept import Concept, UserError, apply_concepts, load_concept, save_concept
+from images import write_whole
 from tests.conftest import flags
 
 WEIGHTS = "pytorch_custom_diffusion_weights"
@@ -40,7 +40,7 @@ def load(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def picture(pipeline: Any, prompt: str = PROMPT, **more: object) -> np.ndarray:
+def make_image(pipeline: Any, prompt: str = PROMPT, **more: object) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     image = pipeline(prompt, num_inference_steps=4, guidance_scale=6.0, eta=1.0, generator=generator, **more).images[0]
     return np.asarray(image, dtype=int)
@@ -54,12 +54,12 @@ def state(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def faces(base_model_v: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def faces(base_model_v: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A concept with queries and outputs, of the other model."""
     import train_custom_diffusion
 
     folder = tmp_path_factory.mktemp("faces")
-    train_custom_diffusion.main(flags(base_model_v, pictures, folder, freeze_model="crossattn", learning_rate=1e-2))
+    train_custom_diffusion.main(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
     return folder
 
 
@@ -69,7 +69,7 @@ def faces(base_model_v: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 @pytest.mark.parametrize(("model", "concept"), [("base_model", "trained"), ("base_model_v", "faces")])
 @pytest.mark.usefixtures("train_here")
-def test_a_picture_equals_that_of_diffusers_processors(
+def test_an_image_equals_that_of_diffusers_processors(
     ending: str, model: str, concept: str, request: pytest.FixtureRequest
 ) -> None:
     base, folder = request.getfixturevalue(model), request.getfixturevalue(concept)
@@ -78,10 +78,10 @@ def test_a_picture_equals_that_of_diffusers_processors(
     theirs.unet.load_attn_procs(folder, weight_name=f"{WEIGHTS}.{ending}", _pipeline=theirs)
     theirs.load_textual_inversion(folder, weight_name=f"<new1>.{ending}")
     assert {type(processor) for processor in theirs.unet.attn_processors.values()} == {CustomDiffusionAttnProcessor}
-    assert np.abs(picture(ours) - picture(theirs)).mean() < 1
+    assert np.abs(make_image(ours) - make_image(theirs)).mean() < 1
     base_pipeline = load(base)
     base_pipeline.load_textual_inversion(folder, weight_name=f"<new1>.{ending}")
-    assert np.abs(picture(ours) - picture(base_pipeline)).mean() > 1, "the attention makes a difference"
+    assert np.abs(make_image(ours) - make_image(base_pipeline)).mean() > 1, "the attention makes a difference"
 
 
 def test_load_attn_procs_alone_still_loads_nothing(trained: Path, base_model: Path) -> None:
@@ -121,11 +121,11 @@ def test_nothing_is_added_to_the_forward_pass(trained: Path, base_model: Path) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_removing_restores_exactly(trained: Path, base_model: Path, dtype: torch.dtype) -> None:
     pipeline = load(base_model).to(dtype=dtype)
-    before, tokenizer, image = state(pipeline), pipeline.tokenizer, picture(pipeline, "a cat")
+    before, tokenizer, image = state(pipeline), pipeline.tokenizer, make_image(pipeline, "a cat")
     applied = apply_concepts(pipeline, load_concept(trained), scale=0.7)
     assert len(pipeline.tokenizer) == len(tokenizer) + 1
     assert pipeline.text_encoder.config.vocab_size == 49409, "so that save_pretrained writes what can be loaded"
-    assert not np.array_equal(picture(pipeline, "a cat"), image)
+    assert not np.array_equal(make_image(pipeline, "a cat"), image)
     applied.remove()
     after = state(pipeline)
     assert before.keys() == after.keys()
@@ -133,7 +133,7 @@ def test_removing_restores_exactly(trained: Path, base_model: Path, dtype: torch
     assert pipeline.tokenizer is tokenizer
     assert "<new1>" not in tokenizer.get_vocab()
     assert pipeline.text_encoder.config.vocab_size == 49408
-    assert np.array_equal(picture(pipeline, "a cat"), image)
+    assert np.array_equal(make_image(pipeline, "a cat"), image)
     apply_concepts(pipeline, load_concept(trained))
 
 
@@ -158,7 +158,7 @@ def test_scale_blends_between_base_and_learned(trained: Path, base_model: Path) 
             if scale in (0.0, 1.0):
                 assert torch.equal(pipeline.unet.state_dict()[name], learned if scale else base[name])
         if scale == 0.0:
-            assert np.array_equal(picture(pipeline, "a cat"), picture(load(base_model), "a cat"))
+            assert np.array_equal(make_image(pipeline, "a cat"), make_image(load(base_model), "a cat"))
 
 
 def test_other_pipelines_of_the_family(trained: Path, base_model: Path) -> None:
@@ -171,11 +171,11 @@ def test_other_pipelines_of_the_family(trained: Path, base_model: Path) -> None:
         torch.manual_seed(0)
         pipeline = make(load(base_model))
         pipeline.set_progress_bar_config(disable=True)
-        before = picture(pipeline, "a cat", image=start)
+        before = make_image(pipeline, "a cat", image=start)
         applied = apply_concepts(pipeline, concept)
-        assert not np.array_equal(picture(pipeline, PROMPT, image=start), before)
+        assert not np.array_equal(make_image(pipeline, PROMPT, image=start), before)
         applied.remove()
-        assert np.array_equal(picture(pipeline, "a cat", image=start), before)
+        assert np.array_equal(make_image(pipeline, "a cat", image=start), before)
 
 
 @pytest.mark.parametrize("lora_first", [True, False])
@@ -195,7 +195,7 @@ def test_lora_on_top(trained: Path, base_model: Path, lora_first: bool) -> None:
     for key, learned in expected.items():
         layer, projection = re.match(r"(.+)\.processor\.(to_[kv])_custom", key).groups()
         assert torch.equal(pipeline.unet.get_submodule(f"{layer}.{projection}").base_layer.weight, learned)
-    assert not np.array_equal(picture(pipeline, "a cat"), picture(other, "a cat"))
+    assert not np.array_equal(make_image(pipeline, "a cat"), make_image(other, "a cat"))
 
 
 def test_a_shared_tokenizer_does_not_change(trained: Path, base_model: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_saved_pipeline_carries_the_concept(trained: Path, base_model: Path, t
     pipeline = load(base_model)
     apply_concepts(pipeline, load_concept(trained))
     pipeline.save_pretrained(tmp_path)
-    assert np.array_equal(picture(load(tmp_path)), picture(pipeline))
+    assert np.array_equal(make_image(load(tmp_path)), make_image(pipeline))
 
 
 # --- several concepts ----------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_applying_twice_is_refused(trained: Path, base_model: Path) -> None:
 def refused(pipeline: StableDiffusionPipeline, concepts: list[Concept], words: list[str]) -> None:
     before = state(pipeline)
     tokens = len(pipeline.tokenizer)
-    with pytest.raises(ConceptError) as caught:
+    with pytest.raises(UserError) as caught:
         apply_concepts(pipeline, *concepts)
     assert "\n" not in str(caught.value)
     for word in words:
@@ -295,10 +295,10 @@ def test_a_pickle_that_runs_code_is_refused(name: str, trained: Path, tmp_path: 
     shutil.copy(trained / f"{WEIGHTS}.bin", tmp_path)
     trap = tmp_path / "code-has-run"
     torch.save({"<new1>": Malicious(trap)}, tmp_path / name)
-    with pytest.raises(ConceptError, match="could run code when read: refused"):
+    with pytest.raises(UserError, match="could run code when read: refused"):
         load_concept(tmp_path)
     (tmp_path / name).write_bytes(pickle.dumps({"<new1>": Malicious(trap)}))
-    with pytest.raises(ConceptError):
+    with pytest.raises(UserError):
         load_concept(tmp_path)
     assert not trap.exists()
 
@@ -307,33 +307,33 @@ def test_a_pickle_that_runs_code_is_refused(name: str, trained: Path, tmp_path: 
 def test_a_damaged_file_is_named(name: str, trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / f"{WEIGHTS}.bin", tmp_path)
     (tmp_path / name).write_bytes((trained / name).read_bytes()[:100])
-    with pytest.raises(ConceptError, match=f"{re.escape(name)} cannot be read"):
+    with pytest.raises(UserError, match=f"{re.escape(name)} cannot be read"):
         load_concept(tmp_path)
 
 
 def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:
     concept = load_concept(trained)
     concept.tokens["<new1>"][3] = float("nan")
-    with pytest.raises(ConceptError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         save_concept(concept, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     save_file({"<new1>": concept.tokens["<new1>"]}, tmp_path / "<new1>.safetensors")
-    with pytest.raises(ConceptError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         load_concept(tmp_path)
 
 
 def test_other_weights_are_no_concept(tmp_path: Path) -> None:
     save_file({"unet.weight": torch.ones(2)}, tmp_path / f"{WEIGHTS}.safetensors")
-    with pytest.raises(ConceptError, match=r"no Custom Diffusion file: it holds 'unet.weight'"):
+    with pytest.raises(UserError, match=r"no Custom Diffusion file: it holds 'unet.weight'"):
         load_concept(tmp_path)
 
 
 def test_no_concept_there(tmp_path: Path) -> None:
-    with pytest.raises(ConceptError, match="no concept in"):
+    with pytest.raises(UserError, match="no concept in"):
         load_concept(tmp_path)
-    with pytest.raises(ConceptError, match="there is no folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         load_concept(tmp_path / "nowhere")
-    with pytest.raises(ConceptError, match="the Hub does not give it"):
+    with pytest.raises(UserError, match="the Hub does not give it"):
         load_concept("nobody/has-this-concept")
 
 
@@ -367,6 +367,6 @@ def test_files_have_the_users_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", ["../outside", "a/b", "a\\b", "", ".hidden", "two words", "line\nbreak", "x" * 201])
 def test_a_token_never_becomes_a_path(token: str, tmp_path: Path) -> None:
-    with pytest.raises(ConceptError):
+    with pytest.raises(UserError):
         save_concept(Concept({}, {token: torch.ones(4)}), tmp_path / "folder")
     assert not list(tmp_path.rglob("*"))

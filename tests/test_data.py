@@ -1,4 +1,4 @@
-"""Pictures and samples: what a user's files become before the model sees them."""
+"""Images and samples: what a user's files become before the model sees them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from class_images import PromptDataset
 from data import (
     CustomDiffusionDataset,
-    UsageError,
+    UserError,
     View,
     collate_fn,
     find_class_images,
@@ -27,7 +27,7 @@ from data import (
     position_batches,
     side_by_side,
 )
-from tests.conftest import draw_pictures
+from tests.conftest import draw_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -46,15 +46,15 @@ def dataset(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> Custom
     return CustomDiffusionDataset(find_instance_images([concept(folder)]), tokenizer=tokenizer, **options)
 
 
-# --- reading pictures ----------------------------------------------------------------------------
+# --- reading images ----------------------------------------------------------------------------
 
 
 def test_phone_photographs_come_out_upright(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (20, 10), RED)
-    picture.paste(BLUE, (0, 0, 10, 10))  # blue left, red right
+    image = Image.new("RGB", (20, 10), RED)
+    image.paste(BLUE, (0, 0, 10, 10))  # blue left, red right
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    picture.save(tmp_path / "phone.png", exif=exif)
+    image.save(tmp_path / "phone.png", exif=exif)
     upright = load_image(tmp_path / "phone.png")
     assert upright.size == (10, 20)
     assert upright.getpixel((5, 2)) == BLUE
@@ -63,17 +63,17 @@ def test_phone_photographs_come_out_upright(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
-    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    picture.convert(mode).save(tmp_path / "logo.png")
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    image.convert(mode).save(tmp_path / "logo.png")
     assert load_image(tmp_path / "logo.png").getpixel((1, 1)) == (0, 0, 0)
     assert load_image(tmp_path / "logo.png").getpixel((6, 1)) == WHITE
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
 def test_other_modes_become_rgb(mode: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), WHITE).convert(mode).save(tmp_path / "picture.tiff")
-    image = load_image(tmp_path / "picture.tiff")
+    Image.new("RGB", (8, 8), WHITE).convert(mode).save(tmp_path / "image.tiff")
+    image = load_image(tmp_path / "image.tiff")
     assert (image.mode, image.getpixel((3, 3))) == ("RGB", WHITE)
 
 
@@ -84,14 +84,14 @@ def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
     assert np.abs(read - np.arange(256)).max() <= 1
 
 
-def test_files_that_are_no_pictures_are_left_out_with_one_warning(
+def test_files_that_are_no_images_are_left_out_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draw_pictures(tmp_path, 2)
+    draw_images(tmp_path, 2)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "folder").mkdir()
     with caplog.at_level(logging.WARNING, "custom_diffusion"):
         found = find_instance_images([concept(tmp_path)])
@@ -106,7 +106,7 @@ def test_files_that_are_no_pictures_are_left_out_with_one_warning(
 
 def retrieved(folder: Path, captions: Sequence[str], names: Sequence[str] | None = None) -> dict[str, str]:
     """What retrieve.py leaves."""
-    draw_pictures(folder / "images", len(captions))
+    draw_images(folder / "images", len(captions))
     names = names or [str(folder / "images" / f"{number}.png") for number in range(len(captions))]
     (folder / "images.txt").write_bytes("".join(f"{name}\n" for name in names).encode())
     (folder / "caption.txt").write_bytes("".join(f"{caption}\n" for caption in captions).encode())
@@ -129,7 +129,7 @@ def test_a_broken_class_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     (tmp_path / "images" / "1.png").write_bytes(b"broken")
     found = find_class_images([entry], num_class_images=3, real_prior=True)
     assert [caption for _, caption in found] == ["a", "c", "d"]
-    with pytest.raises(UsageError, match="3 readable class images of the 4"):
+    with pytest.raises(UserError, match="3 readable class images of the 4"):
         find_class_images([entry], num_class_images=4, real_prior=True)
 
 
@@ -148,12 +148,12 @@ def test_prompt_dataset_fills_the_gaps() -> None:
 
 
 def stripes(folder: Path, size: tuple[int, int] = (300, 100)) -> Path:
-    """A wide picture: red left third, green middle, blue right."""
+    """A wide image: red left third, green middle, blue right."""
     folder.mkdir()
-    picture = Image.new("RGB", size, RED)
-    picture.paste(GREEN, (size[0] // 3, 0, size[0] * 2 // 3, size[1]))
-    picture.paste(BLUE, (size[0] * 2 // 3, 0, size[0], size[1]))
-    picture.save(folder / "stripes.png")
+    image = Image.new("RGB", size, RED)
+    image.paste(GREEN, (size[0] // 3, 0, size[0] * 2 // 3, size[1]))
+    image.paste(BLUE, (size[0] * 2 // 3, 0, size[0], size[1]))
+    image.save(folder / "stripes.png")
     return folder
 
 
@@ -163,9 +163,9 @@ def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenizer: CLIP
     assert (pixels - green).abs().max() < 0.02, "only the middle third is in the centre square"
 
 
-def test_hflip_mirrors_half_of_the_samples(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(pictures, tokenizer, aug=False, hflip=True)
-    plain = dataset(pictures, tokenizer, aug=False)
+def test_hflip_mirrors_half_of_the_samples(images: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenizer, aug=False, hflip=True)
+    plain = dataset(images, tokenizer, aug=False)
     mirrored = 0
     for position in range(100):
         one, other = samples[position]["instance_images"], plain[position]["instance_images"]
@@ -174,24 +174,24 @@ def test_hflip_mirrors_half_of_the_samples(pictures: Path, tokenizer: CLIPTokeni
     assert 30 < mirrored < 70
 
 
-def test_noaug_shows_the_whole_picture(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(pictures, tokenizer, aug=False)
+def test_noaug_shows_the_whole_image(images: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenizer, aug=False)
     prompts = {tuple(samples[position]["instance_prompt_ids"].tolist()) for position in range(20)}
     assert len(prompts) == 1
     assert all(samples[position]["instance_mask"].min() == 1 for position in range(20))
 
 
-def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(pictures, tokenizer)
+def test_augmentation_follows_the_paper(images: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenizer)
     words = {"small": 0, "large": 0, "plain": 0}
     for position in range(300):
         sample = samples[position]
         pixels, mask = sample["instance_images"], sample["instance_mask"]
         prompt = tokenizer.decode(sample["instance_prompt_ids"], skip_special_tokens=True)
-        # A value of 0 does not occur in a picture of 8 bits: what is 0 is canvas.
+        # A value of 0 does not occur in an image of 8 bits: what is 0 is canvas.
         rows = (pixels != 0).all(0).any(1).sum().item()
         covered = torch.nn.functional.interpolate(mask[None, None], scale_factor=8)[0, 0].bool()
-        assert not (pixels == 0).all(0)[covered].any(), "the mask lies inside the picture"
+        assert not (pixels == 0).all(0)[covered].any(), "the mask lies inside the image"
         assert mask.sum() >= 1
         if prompt.startswith(("a far away photo", "very small photo")):
             words["small"] += 1
@@ -209,25 +209,25 @@ def test_augmentation_follows_the_paper(pictures: Path, tokenizer: CLIPTokenizer
 
 
 @pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (16, 2), (24, 3), (32, 4), (64, 8), (96, 12), (512, 64)])
-def test_no_mask_is_ever_empty(size: int, mask_size: int, pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(pictures, tokenizer, size=size, mask_size=mask_size)
+def test_no_mask_is_ever_empty(size: int, mask_size: int, images: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenizer, size=size, mask_size=mask_size)
     random = np.random.default_rng(0)
     for scale in [*range(max(1, size // 3), size + 1)] * 2:
-        view = View(pictures / "0.png", False, scale, *random.random(2))
+        view = View(images / "0.png", False, scale, *random.random(2))
         pixels, mask = samples.render(view), samples.mask(view)
         assert pixels.shape == (3, size, size)
         assert mask.shape == (mask_size, mask_size)
         assert mask.sum() >= 1
 
 
-def test_continued_edges_are_learned_with_the_picture(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    edge, grey = dataset(pictures, tokenizer, padding_mode="edge"), dataset(pictures, tokenizer)
+def test_continued_edges_are_learned_with_the_image(images: Path, tokenizer: CLIPTokenizer) -> None:
+    edge, grey = dataset(images, tokenizer, padding_mode="edge"), dataset(images, tokenizer)
     smaller = 0
     for position in range(100):
         one, other = edge[position], grey[position]
         assert torch.equal(one["instance_prompt_ids"], other["instance_prompt_ids"])
         assert one["instance_mask"].min() == 1
-        # A value of 0 does not occur in a picture of 8 bits: what is 0 is canvas.
+        # A value of 0 does not occur in an image of 8 bits: what is 0 is canvas.
         inside = (other["instance_images"] != 0).all(0)
         assert torch.equal(one["instance_images"][:, inside], other["instance_images"][:, inside])
         rows, columns = (torch.nonzero(inside.any(side)).flatten() for side in (1, 0))
@@ -239,14 +239,14 @@ def test_continued_edges_are_learned_with_the_picture(pictures: Path, tokenizer:
 
 
 def two_concepts(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> CustomDiffusionDataset:
-    """A picture with a frame, red above blue, as `<new1> cat`; the same, green above white, as `<new2> dog`."""
+    """An image with a frame, red above blue, as `<new1> cat`; the same, green above white, as `<new2> dog`."""
     concepts = []
     for number, (noun, above, below) in enumerate((("cat", RED, BLUE), ("dog", GREEN, WHITE)), 1):
         (folder / noun).mkdir(parents=True)
-        picture = Image.new("RGB", (80, 80), (9, 9, 9))
-        picture.paste(above, (10, 10, 70, 40))
-        picture.paste(below, (10, 40, 70, 70))
-        picture.save(folder / noun / "0.png")
+        image = Image.new("RGB", (80, 80), (9, 9, 9))
+        image.paste(above, (10, 10, 70, 40))
+        image.paste(below, (10, 40, 70, 70))
+        image.save(folder / noun / "0.png")
         concepts.append(concept(folder / noun, instance_prompt=f"photo of a <new{number}> {noun}"))
     options = {"size": 64, "mask_size": 8, "class_images": []} | options
     return CustomDiffusionDataset(find_instance_images(concepts), tokenizer=tokenizer, **options)
@@ -314,8 +314,8 @@ def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, t
 
 
 def test_two_concepts_of_one_class_share_its_images_in_pairs(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
-    pictures = draw_pictures(tmp_path / "class", 3)
-    class_images = [(path, "photo of a cat") for path in sorted(pictures.iterdir())]
+    images = draw_images(tmp_path / "class", 3)
+    class_images = [(path, "photo of a cat") for path in sorted(images.iterdir())]
     samples = two_concepts(tmp_path, tokenizer, class_images=class_images, cutmix_probability=1.0)
     assert {samples.draw(position).class_prompt for position in range(20)} == {"photo of a cat next to a cat"}
 
@@ -372,11 +372,11 @@ def collated(
     return list(DataLoader(samples, batch_sampler=positions, collate_fn=collate, num_workers=workers))
 
 
-def test_a_sample_depends_only_on_seed_epoch_and_index(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    class_images = find_instance_images([concept(pictures)])
+def test_a_sample_depends_only_on_seed_epoch_and_index(images: Path, tokenizer: CLIPTokenizer) -> None:
+    class_images = find_instance_images([concept(images)])
 
     def samples(seed: int = 1) -> CustomDiffusionDataset:
-        return dataset(pictures, tokenizer, class_images=class_images, hflip=True, seed=seed)
+        return dataset(images, tokenizer, class_images=class_images, hflip=True, seed=seed)
 
     alone = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=0)
     with_workers = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=2)
@@ -389,26 +389,26 @@ def test_a_sample_depends_only_on_seed_epoch_and_index(pictures: Path, tokenizer
     assert not any(torch.equal(a["noise"], b["noise"]) for a in first_epoch for b in second_epoch)
 
 
-def test_two_processes_see_what_one_with_the_double_batch_sees(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    class_images = find_instance_images([concept(pictures)])
-    samples = dataset(pictures, tokenizer, class_images=class_images)
+def test_two_processes_see_what_one_with_the_double_batch_sees(images: Path, tokenizer: CLIPTokenizer) -> None:
+    class_images = find_instance_images([concept(images)])
+    samples = dataset(images, tokenizer, class_images=class_images)
     together = collated(samples, position_batches(2, 4, 4, 0, 1), workers=0)
     apart = [collated(samples, position_batches(2, 4, 2, process, 2), workers=0) for process in (0, 1)]
     for one, *both in zip(together, *apart, strict=True):
         for name, value in one.items():
-            # Instance pictures come first, class images behind them.
+            # Instance images come first, class images behind them.
             instances, classes = zip(*(batch[name].chunk(2) for batch in both), strict=True)
             assert torch.equal(value, torch.cat([*instances, *classes])), name
 
 
-def test_every_picture_is_seen_once_an_epoch(pictures: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(pictures, tokenizer, aug=False)
+def test_every_image_is_seen_once_an_epoch(images: Path, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenizer, aug=False)
     for epoch in range(3):
         seen = {samples[epoch * 5 + k]["instance_images"].numpy().tobytes() for k in range(5)}
         assert len(seen) == 5
 
 
-# --- captions of single pictures -----------------------------------------------------------------
+# --- captions of single images -----------------------------------------------------------------
 
 
 def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, str]:
@@ -416,8 +416,8 @@ def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, st
     return {path.name: prompt for path, prompt in find_instance_images([concept], tokens)}
 
 
-def test_a_text_file_beside_a_picture_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    draw_pictures(tmp_path, 3)
+def test_a_text_file_beside_an_image_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw_images(tmp_path, 3)
     (tmp_path / "0.txt").write_text("a <new1> cat\non a sofa\n")
     (tmp_path / "1.txt").write_text("\n")
     with caplog.at_level("INFO"):
@@ -426,15 +426,15 @@ def test_a_text_file_beside_a_picture_is_its_prompt(tmp_path: Path, caplog: pyte
             "1.png": "photo of a <new1> cat",
             "2.png": "photo of a <new1> cat",
         }
-    assert "1 of 3 pictures" in caplog.text
-    assert "left out" not in caplog.text, "captions are no broken pictures"
+    assert "1 of 3 images" in caplog.text
+    assert "left out" not in caplog.text, "captions are no broken images"
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_an_image_folders_metadata(column: str, tmp_path: Path) -> None:
     expected = {"0.png": 'été, "<new1>" cat', "1.png": "photo of a <new1> cat", "2.png": "<new1> asleep"}
     for ending in ("jsonl", "csv"):
-        folder = draw_pictures(tmp_path / ending, 3)
+        folder = draw_images(tmp_path / ending, 3)
         rows = [{"file_name": name, column: expected[name]} for name in ("0.png", "2.png")]
         with (folder / f"metadata.{ending}").open("w", encoding="utf-8", newline="") as file:
             if ending == "jsonl":
@@ -447,10 +447,10 @@ def test_an_image_folders_metadata(column: str, tmp_path: Path) -> None:
 
 
 def test_captions_without_the_token_are_named(tmp_path: Path) -> None:
-    draw_pictures(tmp_path, 3)
+    draw_images(tmp_path, 3)
     for number, caption in enumerate(["a <new1> cat", "a cat", "a dog"]):
         (tmp_path / f"{number}.txt").write_text(caption)
-    with pytest.raises(UsageError, match=r"the captions of 1\.png, 2\.png do not hold <new1>"):
+    with pytest.raises(UserError, match=r"the captions of 1\.png, 2\.png do not hold <new1>"):
         captioned(tmp_path)
     assert captioned(tmp_path, tokens=())["1.png"] == "a cat", "without tokens any caption will do"
 
@@ -466,9 +466,9 @@ def test_captions_without_the_token_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_broken_captions_get_one_line(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
-    draw_pictures(tmp_path, 1)
+    draw_images(tmp_path, 1)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UserError) as caught:
         captioned(tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 import train_custom_diffusion
 from concept import load_concept
-from tests.conftest import ROOT, draw_pictures, flags, run_script
+from tests.conftest import ROOT, draw_images, flags, run_script
 from tests.two_processes import digest_of_latents
 
 
@@ -36,14 +36,14 @@ def two_processes(*argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def apart(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def apart(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Output folder and prints of a run of two processes."""
     folder = tmp_path_factory.mktemp("apart")
-    printed = two_processes(*run_flags(base_model, pictures, folder, train_batch_size=1, checkpointing_steps=2))
+    printed = two_processes(*run_flags(base_model, images, folder, train_batch_size=1, checkpointing_steps=2))
     return folder, printed
 
 
-def run_flags(base_model: Path, pictures: Path, folder: Path, **more: object) -> list[str]:
+def run_flags(base_model: Path, images: Path, folder: Path, **more: object) -> list[str]:
     values = {
         "with_prior_preservation": True,
         "class_data_dir": folder / "class",
@@ -55,7 +55,7 @@ def run_flags(base_model: Path, pictures: Path, folder: Path, **more: object) ->
         "gradient_accumulation_steps": 2,
         "hflip": True,
     }
-    return flags(base_model, pictures, folder / "out", **(values | more))
+    return flags(base_model, images, folder / "out", **(values | more))
 
 
 def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
@@ -63,10 +63,10 @@ def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
 
 
 def test_two_processes_equal_one_with_the_double_batch(
-    apart: tuple[Path, str], base_model: Path, pictures: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
+    apart: tuple[Path, str], base_model: Path, images: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:
     shutil.copytree(apart[0] / "class", tmp_path / "class")
-    train_here(run_flags(base_model, pictures, tmp_path, train_batch_size=2))
+    train_here(run_flags(base_model, images, tmp_path, train_batch_size=2))
     one, two = learned(tmp_path / "out"), learned(apart[0] / "out")
     model = StableDiffusionPipeline.from_pretrained(base_model)
     start = [
@@ -91,25 +91,25 @@ def test_a_checkpoint_has_the_random_state_of_every_process(apart: tuple[Path, s
 
 
 def test_a_resumed_run_of_two_processes_ends_bit_equal(
-    apart: tuple[Path, str], base_model: Path, pictures: Path, tmp_path: Path
+    apart: tuple[Path, str], base_model: Path, images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(apart[0] / "class", tmp_path / "class")
     shutil.copytree(apart[0] / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
-    two_processes(*run_flags(base_model, pictures, tmp_path, train_batch_size=1, resume_from_checkpoint="latest"))
+    two_processes(*run_flags(base_model, images, tmp_path, train_batch_size=1, resume_from_checkpoint="latest"))
     assert torch.equal(learned(tmp_path / "out"), learned(apart[0] / "out"))
 
 
 def test_two_processes_share_the_encoding(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
+    base_model: Path, images: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:
-    class_images = draw_pictures(tmp_path / "class", 4)
+    class_images = draw_images(tmp_path / "class", 4)
     # Nine views, so that the processes have unequal shares; in a type that not every backend can send.
     more = {"mixed_precision": "bf16", "keep_latents": True, "max_train_steps": 3, "gradient_accumulation_steps": 1}
     more |= {"noaug": True, "hflip": None, "num_class_images": 4}
 
     def argv(folder: str, batch: int) -> list[str]:
         return run_flags(
-            base_model, pictures, tmp_path / folder, **more, class_data_dir=class_images, train_batch_size=batch
+            base_model, images, tmp_path / folder, **more, class_data_dir=class_images, train_batch_size=batch
         )
 
     printed = two_processes(*argv("two", 1))
@@ -156,11 +156,11 @@ def test_two_machines_end_as_two_processes_do(
     hosts: list[str],
     apart: tuple[Path, str],
     base_model: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
 ) -> None:
     shutil.copytree(apart[0] / "class", tmp_path / "class")
-    argv = run_flags(base_model, pictures, tmp_path, train_batch_size=1)
+    argv = run_flags(base_model, images, tmp_path, train_batch_size=1)
     running = []
     for rank, host in enumerate(hosts):
         # `accelerate launch --cpu` would run each of them alone.

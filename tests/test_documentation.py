@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from concept import load_concept
-from tests.conftest import ROOT, draw_pictures, run_script
+from tests.conftest import ROOT, draw_images, run_script
 from tests.hub_server import Hub
 
 README = (ROOT / "README.md").read_text()
@@ -32,14 +32,14 @@ def blocks(text: str, language: str, *words: str) -> list[str]:
 
 @pytest.fixture
 def home(base_model: Path, tmp_path: Path) -> Path:
-    """A folder as a user has it after cloning and collecting pictures."""
+    """A folder as a user has it after cloning and collecting images."""
     for path in [*ROOT.glob("*.py"), ROOT / "concept_list.json"]:
         (tmp_path / path.name).symlink_to(path)
     concepts = json.loads((ROOT / "concept_list.json").read_text())
     for folder in ("data/cat", *(concept["instance_data_dir"] for concept in concepts)):
-        draw_pictures(tmp_path / folder, 4)
+        draw_images(tmp_path / folder, 4)
     for folder in ("real_reg/samples_cat", *(concept["class_data_dir"] for concept in concepts)):
-        draw_pictures(tmp_path / folder / "images", 3)
+        draw_images(tmp_path / folder / "images", 3)
         # As retrieve.py writes it: paths as seen from where it ran.
         names = [f"{folder}/images/{number}.png" for number in range(3)]
         (tmp_path / folder / "images.txt").write_text("".join(f"{name}\n" for name in names))

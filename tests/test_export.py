@@ -1,4 +1,4 @@
-"""export.py: other programs' files make the pictures that our own make."""
+"""export.py: other programs' files make the images that our own make."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import export
 import infer
 import train_custom_diffusion
 from base_model import BaseModel
-from concept import Concept, ConceptError, apply_concepts, load_concept, save_concept
+from concept import Concept, UserError, apply_concepts, load_concept, save_concept
 from tests.conftest import flags
-from tests.test_concept import load, picture
+from tests.test_concept import load, make_image
 
 
 @pytest.fixture(scope="module")
-def cat(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cat(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cat")
-    train_custom_diffusion.main(flags(base_model, pictures, folder, learning_rate=1e-2, max_train_steps=4))
+    train_custom_diffusion.main(flags(base_model, images, folder, learning_rate=1e-2, max_train_steps=4))
     return folder
 
 
 @pytest.fixture(scope="module")
-def face(base_model_v: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def face(base_model_v: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Queries and outputs too, on the other model."""
     folder = tmp_path_factory.mktemp("face")
-    train_custom_diffusion.main(flags(base_model_v, pictures, folder, freeze_model="crossattn", learning_rate=1e-2))
+    train_custom_diffusion.main(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
     return folder
 
 
 def ours(base: Path, concept: Concept) -> np.ndarray:
     pipeline = load(base)
     apply_concepts(pipeline, concept)
-    return picture(pipeline)
+    return make_image(pipeline)
 
 
 def with_lora(base: Path, folder: Path) -> StableDiffusionPipeline:
@@ -56,15 +56,15 @@ def run(*argv: object) -> None:
 # --- LoRA ----------------------------------------------------------------------------------------
 
 
-def test_at_full_rank_diffusers_makes_our_picture(cat: Path, base_model: Path, tmp_path: Path) -> None:
+def test_at_full_rank_diffusers_makes_our_image(cat: Path, base_model: Path, tmp_path: Path) -> None:
     run("--model_dir", cat, "--format", "lora", "--energy", "1", "--dtype", "fp32", "--output_dir", tmp_path / "full")
     expected = ours(base_model, load_concept(cat))
-    difference = np.abs(picture(with_lora(base_model, tmp_path / "full")) - expected)
+    difference = np.abs(make_image(with_lora(base_model, tmp_path / "full")) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.1
     words_only = load(base_model)
     words_only.load_textual_inversion(tmp_path / "full", weight_name="<new1>.safetensors", token="<new1>")
-    assert np.abs(picture(words_only) - expected).mean() > 1, "the attention makes a difference"
+    assert np.abs(make_image(words_only) - expected).mean() > 1, "the attention makes a difference"
 
 
 @pytest.mark.parametrize(("concept", "base"), [("cat", "base_model"), ("face", "base_model_v")])
@@ -141,7 +141,7 @@ def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_mo
     assert {len(value) for key, value in tensors.items() if "lora_down" in key} == {3}
     with safetensors.safe_open(tmp_path / "three" / "three.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "3"
-    assert np.abs(picture(with_lora(base_model, tmp_path / "three")) - ours(base_model, concept)).mean() > 0
+    assert np.abs(make_image(with_lora(base_model, tmp_path / "three")) - ours(base_model, concept)).mean() > 0
 
 
 def test_the_word_is_in_the_form_that_all_programs_read(cat: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_pipeline_folder_needs_nothing_else(
 ) -> None:
     folder, model = request.getfixturevalue(concept), request.getfixturevalue(base)
     run("--model_dir", folder, "--format", "pipeline", "--output_dir", tmp_path / "whole")
-    assert np.array_equal(picture(load(tmp_path / "whole")), ours(model, load_concept(folder)))
+    assert np.array_equal(make_image(load(tmp_path / "whole")), ours(model, load_concept(folder)))
     assert not list(tmp_path.glob(".*")), "no temporary folder stays"
 
 
@@ -199,14 +199,14 @@ def authors_load(pipeline: StableDiffusionPipeline, path: Path, compress: bool =
 
 
 @pytest.mark.parametrize(("concept", "base"), [("cat", "base_model"), ("face", "base_model_v")])
-def test_the_authors_code_makes_our_picture(
+def test_the_authors_code_makes_our_image(
     concept: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder, model = request.getfixturevalue(concept), request.getfixturevalue(base)
     run("--model_dir", folder, "--format", "delta", "--output_dir", tmp_path / "delta")
     pipeline = load(model)
     authors_load(pipeline, tmp_path / "delta" / "delta.bin")
-    assert np.array_equal(picture(pipeline), ours(model, load_concept(folder)))
+    assert np.array_equal(make_image(pipeline), ours(model, load_concept(folder)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -250,14 +250,14 @@ def test_the_compressed_form_both_ways(cat: Path, base_model: Path, tmp_path: Pa
     assert np.abs(ours(base_model, read) - ours(base_model, load_concept(cat))).max() <= 1
     pipeline = load(base_model)
     authors_load(pipeline, tmp_path / "all" / "compressed_delta.bin", compress=True)
-    assert np.abs(picture(pipeline) - ours(base_model, load_concept(cat))).max() <= 1
+    assert np.abs(make_image(pipeline) - ours(base_model, load_concept(cat))).max() <= 1
     # A compressed one goes on to every format.
     run("--model_dir", tmp_path / "all", "--format", "delta", *base_flags, "--output_dir", tmp_path / "back")
     for key, value in load_concept(tmp_path / "back").attention.items():
         assert torch.allclose(value, load_concept(cat).attention[key], atol=1e-6)
     run("--model_dir", tmp_path / "all", "--format", "pipeline", *base_flags, "--output_dir", tmp_path / "whole")
-    assert np.abs(picture(load(tmp_path / "whole")) - ours(base_model, load_concept(cat))).max() <= 1
-    with pytest.raises(ConceptError, match="is compressed"):
+    assert np.abs(make_image(load(tmp_path / "whole")) - ours(base_model, load_concept(cat))).max() <= 1
+    with pytest.raises(UserError, match="is compressed"):
         save_concept(read, tmp_path / "x")
 
 
@@ -297,7 +297,7 @@ def test_the_authors_first_format_is_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_delta_gets_one_line(content: dict, words: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "delta.bin")
-    with pytest.raises(ConceptError) as caught:
+    with pytest.raises(UserError) as caught:
         load_concept(tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -321,5 +321,5 @@ def test_a_wrong_argument(argv: list[str], words: str, capsys: pytest.CaptureFix
 
 
 def test_another_base_model_is_refused(cat: Path, base_model_v: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConceptError, match="give the base model that it was trained on"):
+    with pytest.raises(UserError, match="give the base model that it was trained on"):
         run("--model_dir", cat, "--table", "--pretrained_model_name_or_path", base_model_v)

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from concept import Concept, ConceptError, check_token_name, load_concept, save_concept
+from concept import Concept, UserError, check_token_name, load_concept, save_concept
 from data import (
     CustomDiffusionDataset,
-    UsageError,
+    UserError,
     find_class_images,
     find_instance_images,
     load_image,
     readable_images,
 )
-from tests.conftest import draw_pictures
+from tests.conftest import draw_images
 from train_custom_diffusion import build_parser, parse_args, parse_modifier_tokens, read_concepts
 
 # Each example works in one folder that the next may overwrite; a slow one on a busy machine is no failure.
@@ -49,7 +49,7 @@ def one_line(action: Callable[[], object], *errors: type[Exception]) -> bool:
     return True
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 @fuzz
@@ -60,7 +60,7 @@ def one_line(action: Callable[[], object], *errors: type[Exception]) -> bool:
     cut=st.floats(0, 1),
     damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
 )
-def test_pictures_whole_cut_and_damaged(
+def test_images_whole_cut_and_damaged(
     mode: str,
     kind: str,
     size: tuple[int, int],
@@ -78,14 +78,14 @@ def test_pictures_whole_cut_and_damaged(
         content[int(where * (len(content) - 1))] = value
     if cut > 0.5:
         content = content[: int(len(content) * (cut - 0.5) * 2)]
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(content)
     good, bad = readable_images([path])
     assert [*good, *bad] == [path]
     if good:
         assert load_image(path).mode == "RGB"
     if not damage and cut <= 0.5:
-        assert good, "a whole picture is read"
+        assert good, "a whole image is read"
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def tokenizer(base_model: Path) -> CLIPTokenizer:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000), (1, 5000), (3000, 3000)])
-def test_pictures_of_any_shape_become_samples(size: tuple[int, int], tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    Image.new("RGB", size, "red").save(tmp_path / "picture.png")
-    images = [(tmp_path / "picture.png", "photo of a cat")]
+def test_images_of_any_shape_become_samples(size: tuple[int, int], tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    Image.new("RGB", size, "red").save(tmp_path / "image.png")
+    images = [(tmp_path / "image.png", "photo of a cat")]
     for center_crop in (True, False):
         samples = CustomDiffusionDataset(images, images, tokenizer, size=64, mask_size=8, center_crop=center_crop)
         for position in range(5):
@@ -105,7 +105,7 @@ def test_pictures_of_any_shape_become_samples(size: tuple[int, int], tokenizer: 
             assert sample["instance_mask"].sum() >= 1
 
 
-def test_animations_give_their_first_picture(tmp_path: Path) -> None:
+def test_animations_give_their_first_image(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     for kind in ("gif", "webp", "png"):
         frames[0].save(tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:], lossless=True)
@@ -132,9 +132,9 @@ FILE_NAMES = st.binary(min_size=1, max_size=200).filter(
 @fuzz
 @given(names=st.lists(FILE_NAMES, min_size=1, max_size=4, unique=True))
 def test_file_names_of_any_bytes(names: list[bytes], tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     shutil.rmtree(folder, ignore_errors=True)
-    draw_pictures(folder, 1)
+    draw_images(folder, 1)
     content = (folder / "0.png").read_bytes()
     for name in names:
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(content)
@@ -151,7 +151,7 @@ def test_captions_of_any_text_stay_with_their_images(captions: list[str], tmp_pa
     captions = [text.encode(errors="replace").decode().rstrip("\r") for text in captions]
     folder = tmp_path / "real"
     if not folder.exists():
-        draw_pictures(folder / "images", 6)
+        draw_images(folder / "images", 6)
     (folder / "images.txt").write_text("".join(f"{folder}/images/{i}.png\n" for i in range(len(captions))))
     (folder / "caption.txt").write_bytes("".join(f"{caption}\n" for caption in captions).encode())
     concept = {"class_data_dir": str(folder), "class_prompt": "cat"}
@@ -160,7 +160,7 @@ def test_captions_of_any_text_stay_with_their_images(captions: list[str], tmp_pa
 
 
 def test_a_caption_of_100_kilobytes(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    draw_pictures(tmp_path, 1)
+    draw_images(tmp_path, 1)
     pair = [(tmp_path / "0.png", "cat and dog " * 8500)]
     sample = CustomDiffusionDataset(pair, pair, tokenizer, size=64, mask_size=8)[0]
     assert sample["class_prompt_ids"].shape == sample["instance_prompt_ids"].shape == (77,)
@@ -170,7 +170,7 @@ def test_a_caption_of_100_kilobytes(tokenizer: CLIPTokenizer, tmp_path: Path) ->
 @given(token=st.one_of(ANY_TEXT, st.text(st.sampled_from("./\\<>:+ \n\0abc"), max_size=12)))
 def test_tokens_never_leave_the_folder(token: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    if one_line(lambda: check_token_name(token), ConceptError):
+    if one_line(lambda: check_token_name(token), UserError):
         written = save_concept(Concept({}, {token: torch.ones(4)}), folder)
         assert all((folder / name).resolve().parent == folder.resolve() for name in written)
         assert load_concept(folder).tokens.keys() == {token}
@@ -193,7 +193,7 @@ def test_concept_lists(content: object, cut: int, prior: bool, tmp_path: Path) -
     text = json.dumps(content)
     (tmp_path / "list.json").write_text(text if cut > 100 else text[:cut])
     args = SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=prior)
-    one_line(lambda: read_concepts(args), UsageError, OSError)
+    one_line(lambda: read_concepts(args), UserError, OSError)
 
 
 @fuzz
@@ -202,7 +202,7 @@ def test_concept_lists(content: object, cut: int, prior: bool, tmp_path: Path) -
 )
 def test_token_arguments(prompt: str, modifier: str | None, initializer: str) -> None:
     args = SimpleNamespace(modifier_token=modifier, initializer_token=initializer)
-    one_line(lambda: parse_modifier_tokens(args, [{"instance_prompt": prompt}]), UsageError, ConceptError)
+    one_line(lambda: parse_modifier_tokens(args, [{"instance_prompt": prompt}]), UserError)
 
 
 FLAGS = [
@@ -217,7 +217,7 @@ FLAGS = [
     )
 )
 def test_command_lines(flags: list[tuple[str, str | None]]) -> None:
-    argv = ["--pretrained_model_name_or_path=model", "--instance_data_dir=pictures", "--instance_prompt=cat"]
+    argv = ["--pretrained_model_name_or_path=model", "--instance_data_dir=images", "--instance_prompt=cat"]
     argv += [name if value is None else f"{name}={value}" for name, value in flags]
     try:
         parse_args(argv)
@@ -246,14 +246,14 @@ def test_damaged_weights(
         content[int(where * (len(content) - 1))] = value
     content = content if cut < 0.5 else content[: int(len(content) * (cut - 0.5) * 2)]
     (folder / f"{name}{ending}").write_bytes(content)
-    one_line(lambda: load_concept(folder), ConceptError)
+    one_line(lambda: load_concept(folder), UserError)
 
 
 @fuzz
 @given(content=st.binary(max_size=2000), ending=st.sampled_from([".safetensors", ".bin"]))
 def test_random_bytes_for_weights(content: bytes, ending: str, tmp_path: Path) -> None:
     (tmp_path / f"pytorch_custom_diffusion_weights{ending}").write_bytes(content)
-    assert not one_line(lambda: load_concept(tmp_path), ConceptError)
+    assert not one_line(lambda: load_concept(tmp_path), UserError)
 
 
 @fuzz

@@ -32,12 +32,12 @@ def environment(hub: Hub, cache: Path) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
 
 
-def test_push_and_load_again(hub: Hub, base_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_push_and_load_again(hub: Hub, base_model: Path, images: Path, tmp_path: Path) -> None:
     # The base model is on the Hub too, so that the card may name it.
     hub.files["someone/tiny"] = {
         str(path.relative_to(base_model)): path.read_bytes() for path in base_model.rglob("*") if path.is_file()
     }
-    argv = flags(base_model, pictures, tmp_path / "my-cat", pretrained_model_name_or_path="someone/tiny")
+    argv = flags(base_model, images, tmp_path / "my-cat", pretrained_model_name_or_path="someone/tiny")
     argv += ["--push_to_hub", "--hub_token=hf_secret", "--validation_prompt=<new1>", "--num_validation_images=1"]
     script = ROOT / "train_custom_diffusion.py"
     result = run_script("python", script, *argv, "--checkpointing_steps=1", **environment(hub, tmp_path / "home"))
@@ -77,9 +77,9 @@ def test_push_and_load_again(hub: Hub, base_model: Path, pictures: Path, tmp_pat
 
 
 def test_a_local_base_model_stays_private_and_a_refused_upload_loses_nothing(
-    hub: Hub, base_model: Path, pictures: Path, tmp_path: Path
+    hub: Hub, base_model: Path, images: Path, tmp_path: Path
 ) -> None:
-    argv = [*flags(base_model, pictures, tmp_path / "out"), "--push_to_hub", "--hub_model_id=mine"]
+    argv = [*flags(base_model, images, tmp_path / "out"), "--push_to_hub", "--hub_model_id=mine"]
     script = ROOT / "train_custom_diffusion.py"
     result = run_script("python", script, *argv, **environment(hub, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
@@ -97,11 +97,11 @@ def test_a_local_base_model_stays_private_and_a_refused_upload_loses_nothing(
 
 
 def test_a_hub_that_refuses_is_noticed_before_training(
-    hub: Hub, base_model: Path, pictures: Path, tmp_path: Path
+    hub: Hub, base_model: Path, images: Path, tmp_path: Path
 ) -> None:
     hub.shutdown()
     hub.server_close()
-    argv = [*flags(base_model, pictures, tmp_path / "out"), "--push_to_hub"]
+    argv = [*flags(base_model, images, tmp_path / "out"), "--push_to_hub"]
     script = ROOT / "train_custom_diffusion.py"
     result = run_script("python", script, *argv, **environment(hub, tmp_path / "home"))
     assert result.returncode == 1
@@ -146,12 +146,12 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     words = load_file(tmp_path / "cat-lora" / "<new1>.safetensors")["emb_params"]
     assert torch.equal(words[0], load_concept(tmp_path / "cat@v1").tokens["<new1>"])
 
-    pictures = []
+    images = []
     for name, folder in (("someone/cat", "out"), ("someone/cat@v1", "out1")):
         argv = ["--model_dir", name, "--prompt", "<new1> cat", "--num_inference_steps=2", "--output_dir", folder]
         run("infer.py", *argv)
-        pictures.append(next((tmp_path / folder).glob("0*.png")).read_bytes())
-    assert pictures[0] != pictures[1]
+        images.append(next((tmp_path / folder).glob("0*.png")).read_bytes())
+    assert images[0] != images[1]
 
     missing = ["--model_dir", "someone/cat@v9", "--prompt", "<new1>"]
     result = run_script("python", ROOT / "infer.py", *missing, cwd=tmp_path, **environment(hub, tmp_path / "home"))
@@ -172,23 +172,23 @@ def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 1
 
 
-def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, pictures: Path, tmp_path: Path) -> None:
-    files = {f"train/{path.name}": path.read_bytes() for path in sorted(pictures.iterdir())[:3]}
+def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, images: Path, tmp_path: Path) -> None:
+    files = {f"train/{path.name}": path.read_bytes() for path in sorted(images.iterdir())[:3]}
     captions = [json.dumps({"file_name": f"{number}.png", "text": f"<new1> cat, {number}"}) for number in range(3)]
     hub.files["someone/cats"] = files | {"train/metadata.jsonl": "\n".join(captions).encode()}
     script, home = ROOT / "train_custom_diffusion.py", tmp_path / "home"
     online = environment(hub, home) | {"HF_DATASETS_OFFLINE": "0"}
-    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/cats")
+    argv = flags(base_model, images, tmp_path / "out", instance_data_dir="someone/cats")
     result = run_script("python", script, *argv, **online)
     assert result.returncode == 0, result.stderr
-    assert "3 of 3 pictures" in result.stderr
+    assert "3 of 3 images" in result.stderr
     folder = home / "custom-diffusion" / "someone--cats"
     assert [(folder / f"{number:05d}.txt").read_text() for number in range(3)] == [
         f"<new1> cat, {number}" for number in range(3)
     ]
     assert [path.name for path in folder.parent.iterdir()] == ["someone--cats"], "no temporary folder stays"
 
-    argv = flags(base_model, pictures, tmp_path / "out", instance_data_dir="someone/dogs")
+    argv = flags(base_model, images, tmp_path / "out", instance_data_dir="someone/dogs")
     result = run_script("python", script, *argv, **online)
     assert result.returncode == 1
     assert "error: there is no folder 'someone/dogs' (instance_data_dir), and no such dataset" in result.stderr

@@ -1,4 +1,4 @@
-"""infer.py: from a training run's folder to pictures one can look at."""
+"""infer.py: from a training run's folder to images one can look at."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import infer
-from concept import ConceptError, apply_concepts, load_concept
+from concept import UserError, apply_concepts, load_concept
 from tests.conftest import ROOT, run_script
 
 FEW = ["--num_inference_steps", "3"]
 
 
-def pictures_of(folder: Path) -> list[Path]:
+def images_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("0*.png"))
 
 
@@ -31,41 +31,41 @@ def test_the_prompt_is_enough_after_a_default_training_run(trained: Path, tmp_pa
     shutil.copytree(trained, tmp_path / "custom-diffusion-model", ignore=shutil.ignore_patterns("checkpoint-*"))
     result = run_script("python", ROOT / "infer.py", "--prompt", "<new1> cat", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "1 pictures in samples" in result.stdout
-    (path,) = pictures_of(tmp_path / "samples")
+    assert "1 images in samples" in result.stdout
+    (path,) = images_of(tmp_path / "samples")
     assert path.name == "00000_new1-cat_seed42.png"
     assert Image.open(tmp_path / "samples" / "contact_sheet.png").size == (256, 280)
 
 
-def test_it_makes_the_documented_picture(trained: Path, base_model: Path, tmp_path: Path) -> None:
+def test_it_makes_the_documented_image(trained: Path, base_model: Path, tmp_path: Path) -> None:
     infer.main(["--prompt", "<new1> cat", "--model_dir", str(trained), "--output_dir", str(tmp_path), "--seed", "5"])
     pipeline = StableDiffusionPipeline.from_pretrained(base_model)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     apply_concepts(pipeline, load_concept(trained))
     generator = torch.Generator().manual_seed(5)
     image = pipeline("<new1> cat", num_inference_steps=100, guidance_scale=6.0, eta=1.0, generator=generator).images[0]
-    assert np.array_equal(pixels(pictures_of(tmp_path)[0]), np.asarray(image))
+    assert np.array_equal(pixels(images_of(tmp_path)[0]), np.asarray(image))
 
 
-def test_a_picture_depends_on_its_seed_not_on_its_batch(trained: Path, tmp_path: Path) -> None:
+def test_an_image_depends_on_its_seed_not_on_its_batch(trained: Path, tmp_path: Path) -> None:
     common = ["--prompt", "<new1> cat", "a <new1> dog", "--model_dir", str(trained), *FEW, "--num_images", "3"]
     for batch in ("1", "2", "6"):
         infer.main([*common, "--batch_size", batch, "--output_dir", str(tmp_path / batch)])
     infer.main([*common[:1], common[2], *common[3:], "--seed", "44", "--output_dir", str(tmp_path / "one")])
-    for number, path in enumerate(pictures_of(tmp_path / "1")):
+    for number, path in enumerate(images_of(tmp_path / "1")):
         for batch in ("2", "6"):
-            assert np.abs(pixels(path) - pixels(pictures_of(tmp_path / batch)[number])).max() <= 2
-    assert len({path.read_bytes() for path in pictures_of(tmp_path / "1")}) == 6
-    # Picture 2 of seed 42 and picture 0 of seed 44 are the same.
-    third_dog, first_dog = pictures_of(tmp_path / "1")[5], pictures_of(tmp_path / "one")[0]
+            assert np.abs(pixels(path) - pixels(images_of(tmp_path / batch)[number])).max() <= 2
+    assert len({path.read_bytes() for path in images_of(tmp_path / "1")}) == 6
+    # Image 2 of seed 42 and image 0 of seed 44 are the same.
+    third_dog, first_dog = images_of(tmp_path / "1")[5], images_of(tmp_path / "one")[0]
     assert np.array_equal(pixels(third_dog), pixels(first_dog))
 
 
-def test_metadata_says_how_a_picture_was_made(trained: Path, tmp_path: Path) -> None:
+def test_metadata_says_how_an_image_was_made(trained: Path, tmp_path: Path) -> None:
     prompt = "<new1> cat, été, 猫"
     argv = ["--prompt", prompt, "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW, "--num_images", "2"]
     infer.main([*argv, "--negative_prompt", "dog", "--scheduler", "euler"])
-    text = Image.open(pictures_of(tmp_path)[1]).text
+    text = Image.open(images_of(tmp_path)[1]).text
     assert (text["prompt"], text["seed"]) == (prompt, "43")
     settings = json.loads(text["settings"])
     assert settings["scheduler"] == "euler"
@@ -73,22 +73,22 @@ def test_metadata_says_how_a_picture_was_made(trained: Path, tmp_path: Path) -> 
     assert settings["num_inference_steps"] == 3
 
 
-def test_earlier_pictures_are_never_replaced(trained: Path, tmp_path: Path) -> None:
+def test_earlier_images_are_never_replaced(trained: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "<new1> cat", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
     infer.main(argv)
-    first = pictures_of(tmp_path)[0].read_bytes()
+    first = images_of(tmp_path)[0].read_bytes()
     infer.main([*argv, "--scale", "0"])
-    names = [path.name for path in pictures_of(tmp_path)]
+    names = [path.name for path in images_of(tmp_path)]
     assert names == ["00000_new1-cat_seed42.png", "00001_new1-cat_seed42.png"]
-    assert pictures_of(tmp_path)[0].read_bytes() == first
-    assert not np.array_equal(*map(pixels, pictures_of(tmp_path)))
+    assert images_of(tmp_path)[0].read_bytes() == first
+    assert not np.array_equal(*map(pixels, images_of(tmp_path)))
 
 
 def test_prompts_of_a_file_and_of_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a <new1> cat\n\n<new1> in a box\n")
     argv = ["--prompts_file", str(tmp_path / "prompts.txt"), "--model_dir", str(trained / "checkpoint-3"), *FEW]
     infer.main([*argv, "--output_dir", str(tmp_path / "out"), "--height", "32", "--width", "64"])
-    assert [pixels(path).shape for path in pictures_of(tmp_path / "out")] == [(32, 64, 3)] * 2
+    assert [pixels(path).shape for path in images_of(tmp_path / "out")] == [(32, 64, 3)] * 2
 
 
 @pytest.mark.parametrize(("side", "shape"), [("--width", (64, 128, 3)), ("--height", (128, 64, 3))])
@@ -97,23 +97,23 @@ def test_a_side_that_is_not_given_is_the_base_models(
 ) -> None:
     argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
     infer.main([*argv, side, "128"])
-    assert [pixels(path).shape for path in pictures_of(tmp_path)] == [shape]
+    assert [pixels(path).shape for path in images_of(tmp_path)] == [shape]
 
 
 @pytest.mark.parametrize("name", infer.SCHEDULERS)
 def test_every_scheduler(name: str, trained: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
     infer.main([*argv, "--scheduler", name])
-    assert pixels(pictures_of(tmp_path)[0]).std() > 1
+    assert pixels(images_of(tmp_path)[0]).std() > 1
 
 
 def test_bfloat16(trained: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "<new1>", "--model_dir", str(trained), *FEW]
     infer.main([*argv, "--output_dir", str(tmp_path / "fp32")])
     infer.main([*argv, "--output_dir", str(tmp_path / "bf16"), "--dtype", "bf16"])
-    exact, rounded = (pixels(pictures_of(tmp_path / name)[0]) for name in ("fp32", "bf16"))
+    exact, rounded = (pixels(images_of(tmp_path / name)[0]) for name in ("fp32", "bf16"))
     assert not np.array_equal(exact, rounded)
-    assert rounded.std() > 1, "no black picture"
+    assert rounded.std() > 1, "no black image"
 
 
 def test_a_prompt_without_a_token_gets_a_warning(
@@ -140,7 +140,7 @@ def test_a_mistake_gets_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     wrong = [word.format(other=base_model_v, file=tmp_path / "file") for word in wrong]
-    with pytest.raises(ConceptError) as caught:
+    with pytest.raises(UserError) as caught:
         infer.main(
             ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path / "out"), *FEW, *wrong]
         )
@@ -171,7 +171,7 @@ def test_a_wrong_argument(wrong: list[str], words: list[str], capsys: pytest.Cap
 
 def test_a_card_without_base_model_asks_for_it(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "README.md"))
-    with pytest.raises(ConceptError, match="names no base model: give --pretrained_model_name_or_path"):
+    with pytest.raises(UserError, match="names no base model: give --pretrained_model_name_or_path"):
         infer.main(["--prompt", "<new1>", "--model_dir", str(tmp_path / "copy"), "--output_dir", str(tmp_path / "out")])
 
 
@@ -181,10 +181,10 @@ def test_a_run_is_repeated_by_the_file_beside_it(trained: Path, tmp_path: Path) 
     infer.main([*argv, "--model_dir", str(trained), "--output_dir", str(tmp_path / "out")])
     config = tmp_path / "out" / "00000_config.yaml"
     infer.main(["--config", str(config), "--output_dir", str(tmp_path / "again")])
-    first, again = pictures_of(tmp_path / "out"), pictures_of(tmp_path / "again")
+    first, again = images_of(tmp_path / "out"), images_of(tmp_path / "again")
     assert [path.name for path in first] == ["00000_new1-cat_seed7.png", "00001_a-new1-dog_seed7.png"]
     assert [path.name for path in again] == [path.name for path in first]
     assert all(np.array_equal(pixels(one), pixels(other)) for one, other in zip(first, again, strict=True))
     infer.main(["--config", str(config), "--prompt", "<new1> on a hill"])
-    assert pictures_of(tmp_path / "out")[-1].name == "00002_new1-on-a-hill_seed7.png"
-    assert len(pictures_of(tmp_path / "out")) == 3, "a prompt on the command line replaces those of the file"
+    assert images_of(tmp_path / "out")[-1].name == "00002_new1-on-a-hill_seed7.png"
+    assert len(images_of(tmp_path / "out")) == 3, "a prompt on the command line replaces those of the file"

@@ -83,13 +83,13 @@ def test_a_class_that_no_class_image_shows_stays(figures: dict[str, float]) -> N
     assert abs(figures["loss on dogs, plain dog"]) <= 0.02
 
 
-def test_pictures_show_the_concept(figures: dict[str, float]) -> None:
-    assert figures["pictures of <new1> cat nearest to the concept"] >= 0.70
+def test_images_show_the_concept(figures: dict[str, float]) -> None:
+    assert figures["images of <new1> cat nearest to the concept"] >= 0.70
 
 
-def test_pictures_do_not_show_the_concept_without_its_trained_token(figures: dict[str, float]) -> None:
+def test_images_do_not_show_the_concept_without_its_trained_token(figures: dict[str, float]) -> None:
     assert figures["the same with the untrained token"] <= 0.15
-    assert figures["pictures of plain cat nearest to the concept"] <= 0.25
+    assert figures["images of plain cat nearest to the concept"] <= 0.25
 
 
 def test_the_concept_follows_the_prompt(figures: dict[str, float]) -> None:
@@ -97,13 +97,13 @@ def test_the_concept_follows_the_prompt(figures: dict[str, float]) -> None:
     assert figures["of these, nearest to the concept"] >= 0.5
 
 
-def test_the_judge_knows_real_pictures_of_the_concepts() -> None:
-    """A picture can be no more like a concept than the concept's own drawings are, seen through the VAE."""
+def test_the_judge_knows_real_images_of_the_concepts() -> None:
+    """An image can be no more like a concept than the concept's own drawings are, seen through the VAE."""
     pipeline, icons = load_base(), load_designs()
     real = {}
     for noun, group in CONCEPTS.items():
         own = groups_of(icons, noun)[group]
-        real[noun] = np.stack([view.picture for view in views(icons, noun, own, each=24 // len(own), seed=SEED)])[:20]
+        real[noun] = np.stack([view.image for view in views(icons, noun, own, each=24 // len(own), seed=SEED)])[:20]
         alone = reconstructed(pipeline.vae, real[noun])
         assert Judge(pipeline, icons, [noun]).share(alone, group) >= 0.9, noun
     both = reconstructed(pipeline.vae, np.concatenate([real["cat"], real["plant"]], axis=2))
@@ -136,7 +136,7 @@ def test_each_of_two_concepts_answers_to_its_token(figures_of_two: dict[str, flo
 
 @learning
 @pytest.mark.parametrize(("first", "second"), [("cat", "plant"), ("plant", "cat")])
-def test_both_concepts_in_one_picture(first: str, second: str, figures_of_two: dict[str, float]) -> None:
+def test_both_concepts_in_one_image(first: str, second: str, figures_of_two: dict[str, float]) -> None:
     taught = f"{TOKENS[first]} {first} next to {TOKENS[second]} {second}"
     assert figures_of_two[f"{taught}: both as taught"] >= 0.4
     assert figures_of_two[f"{first} next to {second}: both as taught"] <= 0.1

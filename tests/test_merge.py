@@ -15,28 +15,28 @@ import train_custom_diffusion
 from base_model import BaseModel
 from benchmarks.merge import main as measure_merging
 from captions import make_captions
-from concept import Concept, ConceptError, load_concept, save_concept
+from concept import Concept, UserError, load_concept, save_concept
 from merge import CAPTIONS, merge_weights, merging_directions, read_captions, text_features
 from tests.conftest import flags
 
 
-def learn(base_model: Path, pictures: Path, folder: Path, what: str, seed: int) -> Path:
+def learn(base_model: Path, images: Path, folder: Path, what: str, seed: int) -> Path:
     prompt = f"photo of a <new1> {what}"
     train_custom_diffusion.main(
-        flags(base_model, pictures, folder, instance_prompt=prompt, learning_rate=1e-2, seed=seed, max_train_steps=6)
+        flags(base_model, images, folder, instance_prompt=prompt, learning_rate=1e-2, seed=seed, max_train_steps=6)
     )
     return folder
 
 
 @pytest.fixture(scope="module")
-def cat(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return learn(base_model, pictures, tmp_path_factory.mktemp("cat"), "cat", 1)
+def cat(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return learn(base_model, images, tmp_path_factory.mktemp("cat"), "cat", 1)
 
 
 @pytest.fixture(scope="module")
-def pot(base_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pot(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second concept whose token has the name of the first one's."""
-    return learn(base_model, pictures, tmp_path_factory.mktemp("pot"), "wooden pot", 2)
+    return learn(base_model, images, tmp_path_factory.mktemp("pot"), "wooden pot", 2)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_the_closed_form_is_the_constrained_minimum() -> None:
 
 def test_equal_words_that_want_different_things_are_refused() -> None:
     targets, captions = torch.ones(2, 4), torch.randn(20, 4)
-    with pytest.raises(ConceptError, match="give other --class_words"):
+    with pytest.raises(UserError, match="give other --class_words"):
         merge_weights(torch.eye(4), targets, torch.randn(2, 4), merging_directions(targets, captions))
-    with pytest.raises(ConceptError, match="3 words, too few"):
+    with pytest.raises(UserError, match="3 words, too few"):
         merging_directions(targets, captions[:3])
 
 
@@ -190,10 +190,10 @@ def test_infer_reads_it_and_the_card_says_what_it_is(merged: Path, base_model: P
 
 
 def test_merging_again_and_by_the_saved_file(
-    merged: Path, pot: Path, base_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    merged: Path, pot: Path, base_model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A merged concept is a concept; the third <new1> becomes <new3>, and its words are known from the card.
-    dog = learn(base_model, pictures, tmp_path / "dog", "dog", 3)
+    dog = learn(base_model, images, tmp_path / "dog", "dog", 3)
     merge.main(["--model_dir", str(merged), str(dog), "--output_dir", str(tmp_path / "three"), "--num_captions=300"])
     assert f"<new1> of {dog} is now <new3>" in capsys.readouterr().out
     assert "two of the concepts are the same" in refused("--model_dir", merged, pot, "--output_dir", tmp_path / "x")
@@ -216,7 +216,7 @@ def test_names_of_renamed_tokens(token: str, taken: set[str], name: str) -> None
 
 
 def refused(*argv: object) -> str:
-    with pytest.raises(ConceptError) as caught:
+    with pytest.raises(UserError) as caught:
         merge.main([str(word) for word in argv])
     assert "\n" not in str(caught.value)
     return str(caught.value)

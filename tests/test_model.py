@@ -219,14 +219,14 @@ def test_activations_of_wide_layers_do_not_keep_what_normalisations_give(base_mo
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"dilation": 2, "bias": False}])
-@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
 def test_small_convolutions_copy_no_weights_and_give_the_same(
-    options: dict[str, Any], pictures: int, dtype: torch.dtype, error: float
+    options: dict[str, Any], images: int, dtype: torch.dtype, error: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Conv2d(24, 512, kernel_size=3, **options).requires_grad_(False).to(dtype)
-    x = torch.randn(pictures, 24, 8, 7, generator=generator).to(dtype).requires_grad_(True)
+    x = torch.randn(images, 24, 8, 7, generator=generator).to(dtype).requires_grad_(True)
     exact, exact_x = copy.deepcopy(layer).float(), x.detach().float().requires_grad_(True)
     wanted = exact(exact_x)
     weights = torch.randn(wanted.shape, generator=generator).to(dtype)
@@ -244,7 +244,7 @@ def test_small_convolutions_copy_no_weights_and_give_the_same(
 
 
 def test_loss_without_prior_by_hand() -> None:
-    # Two pictures of one channel and two latents. The first counts one latent only: its loss is 3^2 = 9, not the
+    # Two images of one channel and two latents. The first counts one latent only: its loss is 3^2 = 9, not the
     # mean over both. The second counts both: (1^2 + 2^2) / 2 = 2.5.
     prediction = torch.tensor([[[[3.0, 100.0]]], [[[1.0, 2.0]]]])
     mask = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 1.0]]]])
@@ -253,7 +253,7 @@ def test_loss_without_prior_by_hand() -> None:
 
 
 def test_loss_with_prior_by_hand() -> None:
-    # One instance picture, masked: 3^2 = 9. One class image, whose mask does not matter: (1^2 + 3^2) / 2 = 5.
+    # One instance image, masked: 3^2 = 9. One class image, whose mask does not matter: (1^2 + 3^2) / 2 = 5.
     prediction = torch.tensor([[[[3.0, 100.0]]], [[[1.0, 3.0]]]])
     mask = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]])
     loss, instance, prior = custom_diffusion_loss(prediction, torch.zeros(2, 1, 1, 2), mask, 0.5)

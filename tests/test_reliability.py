@@ -25,8 +25,8 @@ import checkpoints
 import train_custom_diffusion
 from caching import read_posterior
 from concept import load_concept
-from pictures import UsageError
-from tests.conftest import ROOT, draw_pictures, flags, run_script
+from images import UserError
+from tests.conftest import ROOT, draw_images, flags, run_script
 
 # A server that has imported everything forks each run: a start takes a moment, not seconds.
 FORKS = multiprocessing.get_context("forkserver")
@@ -68,9 +68,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(base_model: Path, folder: Path, **more: object) -> list[str]:
-    pictures = folder.parent / "pictures"
-    if not pictures.exists():
-        draw_pictures(pictures, 3)
+    images = folder.parent / "images"
+    if not images.exists():
+        draw_images(images, 3)
     values = {
         "with_prior_preservation": True,
         "class_data_dir": folder / "class",
@@ -85,7 +85,7 @@ def command(base_model: Path, folder: Path, **more: object) -> list[str]:
         "resume_from_checkpoint": "latest",
         "keep_latents": True,
     }
-    return flags(base_model, pictures, folder / "out", **(values | more))
+    return flags(base_model, images, folder / "out", **(values | more))
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +280,8 @@ def test_a_full_disk(base_model: Path, work: Path) -> None:
     finish(command(base_model, folder), log)
 
 
-def test_a_folder_that_cannot_be_written_to(base_model: Path, pictures: Path) -> None:
-    argv = flags(base_model, pictures, Path("/proc/self"))
+def test_a_folder_that_cannot_be_written_to(base_model: Path, images: Path) -> None:
+    argv = flags(base_model, images, Path("/proc/self"))
     result = run_script("python", ROOT / "train_custom_diffusion.py", *argv)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -308,7 +308,7 @@ def test_steps_that_fp16_skips_do_not_stop_a_run(tmp_path: Path) -> None:
     for loss, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 49), (1.0, 3)):
         train_custom_diffusion.check_loss(run, loss, 7, skipped)
     for loss, skipped, words in ((float("nan"), 0, "step 7 is not finite"), (1.0, 50, "50 steps in a row")):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UserError, match=words):
             train_custom_diffusion.check_loss(run, loss, 7, skipped)
 
 

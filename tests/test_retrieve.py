@@ -28,7 +28,7 @@ from PIL import Image
 import retrieve
 from config import save_config
 from data import find_class_images
-from pictures import load_image
+from images import load_image
 from retrieval import class_folder
 from retrieval.download import Downloader, Refused, is_public
 from retrieval.sources import LocalFiles, caption_of_title, has_words, one_line, query_words
@@ -36,11 +36,11 @@ from retrieval.sources import LocalFiles, caption_of_title, has_words, one_line,
 SCRIPT = Path(retrieve.__file__)
 
 
-# --- pictures and servers ------------------------------------------------------------------------
+# --- images and servers ------------------------------------------------------------------------
 
 
-def picture(number, size=(320, 300)):
-    """A picture that no other number gives."""
+def drawing(number, size=(320, 300)):
+    """An image that no other number gives."""
     cells = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
@@ -155,7 +155,7 @@ def slow_headers(handler):
 
 
 def html(handler):
-    handler.answer(b"<html><body>This picture is no longer available</body></html>", "text/html")
+    handler.answer(b"<html><body>This image is no longer available</body></html>", "text/html")
 
 
 def redirect(to):
@@ -171,15 +171,15 @@ def serve_mixture(web):
     entries = []
     for number in range(GOOD):
         path = f"/good/{number}.jpg"
-        web.pages[path] = encoded(picture(number), quality=90)
+        web.pages[path] = encoded(drawing(number), quality=90)
         entries.append({"url": web.url + path, "caption": f"cat number {number}"})
-    web.pages["/good/3.jpg"] = encoded(picture(3), "PNG")
-    web.pages["/good/4.jpg"] = encoded(picture(4), "WEBP")
-    web.pages["/good/6.jpg"] = encoded(picture(6).quantize(), "GIF")
+    web.pages["/good/3.jpg"] = encoded(drawing(3), "PNG")
+    web.pages["/good/4.jpg"] = encoded(drawing(4), "WEBP")
+    web.pages["/good/6.jpg"] = encoded(drawing(6).quantize(), "GIF")
     entries[1]["caption"] = "cat\nnumber\r\n1"
     entries[2]["caption"] = "cat\u2028number\u0085\x0b2\x00"
     entries[5]["caption"] = "cat number 5 \ud800"
-    entries[7] = {"url": None, "caption": "cat number 7", "image": base64.b64encode(encoded(picture(7))).decode()}
+    entries[7] = {"url": None, "caption": "cat number 7", "image": base64.b64encode(encoded(drawing(7))).decode()}
     web.pages["/moved"] = redirect("/good/8.jpg")
     entries[8]["url"] = web.url + "/moved"
     bad = [
@@ -195,7 +195,7 @@ def serve_mixture(web):
         {"url": f"{web.url}/bomb.png", "caption": "cat"},
         {"url": f"{web.url}/small.jpg", "caption": "cat"},
         {"url": f"{web.url}/good/0.jpg", "caption": "the same address"},
-        {"url": f"{web.url}/again.jpg", "caption": "the same picture in another size"},
+        {"url": f"{web.url}/again.jpg", "caption": "the same image in another size"},
         {"url": f"{web.url}/loop", "caption": "cat"},
         {"url": f"{web.url}/to_file", "caption": "cat"},
         {"url": f"{web.url}/to_private", "caption": "cat"},
@@ -205,7 +205,7 @@ def serve_mixture(web):
         {"url": "http://10.0.0.1/cat.jpg", "caption": "cat"},
         {"url": "http://169.254.169.254/latest/meta-data", "caption": "cat"},
         {"url": "", "caption": None, "image": "no base64!"},
-        {"caption": "no picture"},
+        {"caption": "no image"},
         {},
         "no entry",
         {"url": 7, "caption": 8},
@@ -213,13 +213,13 @@ def serve_mixture(web):
     web.pages |= {
         "/page.jpg": html,
         "/disguised.jpg": b"<html>an error page that calls itself image/jpeg</html>",
-        "/truncated.jpg": encoded(picture(900))[:-2000],
+        "/truncated.jpg": encoded(drawing(900))[:-2000],
         "/endless.jpg": endless,
         "/slow.jpg": slow_body,
         "/slow_headers.jpg": slow_headers,
         "/bomb.png": bomb(),
-        "/small.jpg": encoded(picture(901, (200, 300))),
-        "/again.jpg": encoded(picture(0, (280, 262)), quality=60),
+        "/small.jpg": encoded(drawing(901, (200, 300))),
+        "/again.jpg": encoded(drawing(0, (280, 262)), quality=60),
         "/loop": redirect("/loop"),
         "/to_file": redirect("file:///etc/hostname"),
         "/to_private": redirect("http://10.0.0.1/cat.jpg"),
@@ -275,7 +275,7 @@ def check_mixture(folder, number):
         path = folder.parent.parent / image
         with Image.open(path) as opened:
             assert opened.format == "JPEG" and path.suffix == ".jpg"
-        bits = class_folder.fingerprint(load_image(path)) ^ class_folder.fingerprint(picture(shown[-1]))
+        bits = class_folder.fingerprint(load_image(path)) ^ class_folder.fingerprint(drawing(shown[-1]))
         assert bits.bit_count() < 16, caption
     assert len(set(shown)) == number
 
@@ -310,8 +310,8 @@ def test_fewer_than_asked_keeps_them_and_tells_why(web, tmp_path):
     assert {reason: int(number) for number, reason in re.findall(r"^ +(\d+)  (.+)$", result.stdout, re.MULTILINE)} == {
         "HTTP status 404": 1,
         "no answer": 2,
-        "no picture": 2,
-        "broken picture": 1,
+        "no image": 2,
+        "broken image": 1,
         "too many bytes": 1,
         "too slow": 2,
         "too many pixels": 1,
@@ -321,7 +321,7 @@ def test_fewer_than_asked_keeps_them_and_tells_why(web, tmp_path):
         "too many redirects": 1,
         "no valid http(s) address": 4,
         "inside a private network": 3,
-        "neither address nor picture": 5,
+        "neither address nor image": 5,
     }
 
 
@@ -454,7 +454,7 @@ def serve_good(web, number, seconds=0.0):
         return lambda handler: (time.sleep(seconds), handler.answer(body))
 
     for row in range(number):
-        web.pages[f"/good/{row}.jpg"] = page(encoded(picture(row)))
+        web.pages[f"/good/{row}.jpg"] = page(encoded(drawing(row)))
     entries = [{"url": f"{web.url}/good/{row}.jpg", "caption": f"cat number {row}", "id": row} for row in range(number)]
     web.pages["/knn-service"] = lambda handler: handler.json(entries[: json.loads(handler.body)["num_images"]])
     web.pages["/indices-list"] = lambda handler: handler.json(["laion"])
@@ -515,7 +515,7 @@ def test_what_the_example_has_retrieved_is_taken_over(web, tmp_path):
 
 
 def web_page(row):
-    return encoded(picture(row))
+    return encoded(drawing(row))
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
     (tmp_path / "mine").mkdir()
     for row in range(3):
         # The last one is the largest.
-        (tmp_path / f"mine/cat{row}.jpg").write_bytes(encoded(picture(row), quality=30 + 30 * row))
+        (tmp_path / f"mine/cat{row}.jpg").write_bytes(encoded(drawing(row), quality=30 + 30 * row))
     limit = (tmp_path / "mine/cat2.jpg").stat().st_size - 1
     arguments = ["--class_prompt", "cat", "--path", "mine", "--num_class_images", "3", "--class_data_dir", "cats"]
     # A limit on the size of files stands for a full disk.
@@ -579,7 +579,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
 
 def test_several_classes_from_a_concepts_file(web, tmp_path):
     for row in range(4):
-        web.pages[f"/{row}.jpg"] = encoded(picture(row))
+        web.pages[f"/{row}.jpg"] = encoded(drawing(row))
 
     def knn(handler):
         first = 2 if json.loads(handler.body)["text"] == "wooden pot" else 0
@@ -639,7 +639,7 @@ def test_a_password_goes_to_the_service_and_nowhere_else(web, tmp_path):
 
     def knn(handler):
         asked.append(handler.headers["Authorization"])
-        entries = [{"id": row, "image": base64.b64encode(encoded(picture(row))).decode()} for row in range(2)]
+        entries = [{"id": row, "image": base64.b64encode(encoded(drawing(row))).decode()} for row in range(2)]
         handler.json(entries)
 
     web.pages["/knn-service"] = knn
@@ -662,7 +662,7 @@ def test_nobody_takes_the_file_for_an_image_or_a_list(web, tmp_path):
     assert run(tmp_path, *arguments).returncode == 0
     assert lists(tmp_path / "cats")[0] == [f"cat number {row}" for row in range(4)]
     assert (tmp_path / "cats/config.yaml").read_bytes() == saved.replace(b"images: 3", b"images: 4")
-    # As pictures of one's own.
+    # As images of one's own.
     result = run(tmp_path, "--class_prompt", "cat", "--path", "cats", "--words", "", "--class_data_dir", "copy")
     assert result.returncode == 1 and "4 of the 200 images" in result.stderr
     # As class images of training.
@@ -867,43 +867,43 @@ def test_connections_to_one_host_are_bounded(web):
     assert len(web.requests) == 12 and most == 3
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "I;16", "CMYK", "1"])
 def test_every_mode_becomes_a_jpeg(mode):
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(picture(1).convert("L"), dtype=np.uint16) * 257)
+        image = Image.fromarray(np.asarray(drawing(1).convert("L"), dtype=np.uint16) * 257)
     else:
-        image = picture(1).convert(mode)
+        image = drawing(1).convert(mode)
     data = encoded(image, "TIFF" if mode in ("CMYK", "LA") else "PNG")
-    result = class_folder.check_picture(data, 256, 1024, 1e8)
+    result = class_folder.check_image(data, 256, 1024, 1e8)
     with Image.open(io.BytesIO(result.jpeg)) as opened:
         assert opened.format == "JPEG" and opened.size == (320, 300)
-    expected = class_folder.fingerprint(picture(1).convert(mode if mode == "1" else "L").convert("RGB"))
+    expected = class_folder.fingerprint(drawing(1).convert(mode if mode == "1" else "L").convert("RGB"))
     assert (result.fingerprint ^ expected).bit_count() < 20
 
 
-def test_large_pictures_become_smaller():
-    result = class_folder.check_picture(encoded(picture(1, (2400, 1800))), 256, 600, 1e8)
+def test_large_images_become_smaller():
+    result = class_folder.check_image(encoded(drawing(1, (2400, 1800))), 256, 600, 1e8)
     with Image.open(io.BytesIO(result.jpeg)) as opened:
         assert opened.size == (800, 600)
-    same = class_folder.check_picture(encoded(picture(1, (2400, 1800))), 256, 0, 1e8)
-    assert same.jpeg == encoded(picture(1, (2400, 1800)))
+    same = class_folder.check_image(encoded(drawing(1, (2400, 1800))), 256, 0, 1e8)
+    assert same.jpeg == encoded(drawing(1, (2400, 1800)))
 
 
-def test_near_duplicates_are_told_from_other_pictures():
-    marks = [class_folder.fingerprint(picture(number)) for number in range(50)]
+def test_near_duplicates_are_told_from_other_images():
+    marks = [class_folder.fingerprint(drawing(number)) for number in range(50)]
     between = [(first ^ second).bit_count() for row, first in enumerate(marks) for second in marks[:row]]
     assert min(between) > class_folder.NEAR_DUPLICATE_BITS
-    again = load_image(io.BytesIO(encoded(picture(0, (800, 700)).crop((8, 7, 792, 693)), quality=50)))
+    again = load_image(io.BytesIO(encoded(drawing(0, (800, 700)).crop((8, 7, 792, 693)), quality=50)))
     assert (marks[0] ^ class_folder.fingerprint(again)).bit_count() <= class_folder.NEAR_DUPLICATE_BITS
 
 
 def test_nothing_but_formats_of_the_web_is_opened():
     # Pillow would start Ghostscript for this one.
-    with pytest.raises(Refused, match="no picture"):
-        class_folder.check_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n", 256, 1024, 1e8)
+    with pytest.raises(Refused, match="no image"):
+        class_folder.check_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n", 256, 1024, 1e8)
 
 
 # --- public sources ------------------------------------------------------------------------------
@@ -1077,20 +1077,20 @@ def test_titles_become_captions(title, caption):
     assert caption_of_title(title, "cat") == caption
 
 
-# --- one's own pictures --------------------------------------------------------------------------
+# --- one's own images --------------------------------------------------------------------------
 
 
 def test_a_folder_is_searched_by_the_words_of_captions(tmp_path):
-    pictures = tmp_path / "mine"
-    (pictures / "cats").mkdir(parents=True)
+    images = tmp_path / "mine"
+    (images / "cats").mkdir(parents=True)
     captions = ["A cat.", "two Cats\non a sofa", "a category", "a dog", None]
     for row, caption in enumerate(captions):
-        (pictures / f"{row}.png").write_bytes(encoded(picture(row), "PNG"))
+        (images / f"{row}.png").write_bytes(encoded(drawing(row), "PNG"))
         if caption:
-            (pictures / f"{row}.txt").write_text(caption)
-    (pictures / "4.json").write_text(json.dumps({"caption": "the cat 4", "url": "https://example.org/4"}))
-    (pictures / "cats/5.jpg").write_bytes(web_page(5))
-    (pictures / "cats/broken.jpg").write_bytes(web_page(6)[:500])
+            (images / f"{row}.txt").write_text(caption)
+    (images / "4.json").write_text(json.dumps({"caption": "the cat 4", "url": "https://example.org/4"}))
+    (images / "cats/5.jpg").write_bytes(web_page(5))
+    (images / "cats/broken.jpg").write_bytes(web_page(6)[:500])
     result = run(tmp_path, "--class_prompt", "photo of a cat", "--path", "mine", "--class_data_dir", "out")
     assert result.returncode == 1
     assert "4 of the 200" in result.stderr and re.search(r"2  caption without the words", result.stdout)
@@ -1214,7 +1214,7 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message, monkeypatch
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises((retrieve.UsageError, SystemExit)) as caught:
+    with pytest.raises((retrieve.UserError, SystemExit)) as caught:
         retrieve.main(arguments)
     told = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
     assert message in told.splitlines()[-1]

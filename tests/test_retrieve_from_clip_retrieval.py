@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from data import find_class_images
-from pictures import load_image
+from images import load_image
 
 pytestmark = pytest.mark.retrieval
 
@@ -34,7 +34,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def write_pictures(folder):
+def write_images(folder):
     """Captioned photographs, as far as a machine without photographs can make them."""
     folder.mkdir()
     for row in range(NUMBER):
@@ -72,7 +72,7 @@ def service(tmp_path_factory):
     if not (ENVIRONMENT / "bin/clip-retrieval").exists():
         pytest.fail(f"there is no clip-retrieval in {ENVIRONMENT}: run this with make test-retrieval")
     folder = tmp_path_factory.mktemp("service")
-    write_pictures(folder / "my_pictures")
+    write_images(folder / "my_images")
     write_clip(folder / "clip")
     (folder / ".venv-clip-retrieval").symlink_to(ENVIRONMENT)
     ports = {"8000": str(free_port()), "1234": str(free_port())}
@@ -106,7 +106,7 @@ def wait_for(url, process, log):
         if process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{url}/indices-list", timeout=5) as reply:
-                    assert json.loads(reply.read()) == ["my_pictures"]
+                    assert json.loads(reply.read()) == ["my_images"]
                 return
             except OSError:
                 time.sleep(0.5)
@@ -123,7 +123,7 @@ def retrieve(folder, url, *arguments):
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_images_and_captions_come_from_the_real_service(service, modality):
     folder, url = service
-    # A random CLIP takes many pictures for near-duplicates of each other.
+    # A random CLIP takes many images for near-duplicates of each other.
     result = retrieve(folder, url, "--num_class_images", 50, "--modality", modality, "--deduplicate", "False",
                       "--class_data_dir", modality)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -132,7 +132,7 @@ def test_images_and_captions_come_from_the_real_service(service, modality):
     assert len({caption for _, caption in pairs}) == 50
     for path, caption in pairs:
         number = re.fullmatch(r"a cat, number (\d+)", caption)[1]
-        assert path.read_bytes() == (folder / f"my_pictures/{number}.jpg").read_bytes()
+        assert path.read_bytes() == (folder / f"my_images/{number}.jpg").read_bytes()
 
 
 def test_the_service_leaves_out_what_it_takes_for_duplicates(service):
@@ -146,22 +146,22 @@ def test_the_service_leaves_out_what_it_takes_for_duplicates(service):
 def test_wrong_questions_get_clear_answers(service):
     folder, url = service
     result = retrieve(folder, url, "--indice_name", "laion_400m", "--class_data_dir", "x")
-    assert result.returncode == 1 and "no index 'laion_400m', but: my_pictures" in result.stderr
+    assert result.returncode == 1 and "no index 'laion_400m', but: my_images" in result.stderr
 
 
-def test_pictures_inside_the_reply(service):
-    """An index over files, without captions: the service sends the pictures themselves."""
+def test_images_inside_the_reply(service):
+    """An index over files, without captions: the service sends the images themselves."""
     folder, _ = service
     port, environment = free_port(), os.environ | {"HF_HUB_OFFLINE": "1"}
     program, model = str(ENVIRONMENT / "bin/clip-retrieval"), f"hf_clip:{folder / 'clip'}"
     for command in (
-        ["inference", "--input_dataset", "my_pictures", "--input_format", "files", "--enable_text", "False",
+        ["inference", "--input_dataset", "my_images", "--input_format", "files", "--enable_text", "False",
          "--output_folder", "files_embeddings", "--clip_model", model, "--num_prepro_workers", "1"],
         ["index", "--embeddings_folder", "files_embeddings", "--index_folder", "files_index"],
     ):  # fmt: skip
         done = subprocess.run([program, *command], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "files.json").write_text(json.dumps({"my_pictures": "files_index"}))
+    (folder / "files.json").write_text(json.dumps({"my_images": "files_index"}))
     with (folder / "files.txt").open("wb") as log:
         process = subprocess.Popen(
             [program, "back", "--port", str(port), "--indices_paths", "files.json", "--clip_model", model,
@@ -192,7 +192,7 @@ def test_two_steps_of_training_on_the_result(service, tmp_path):
     assert done.returncode == 0, done.stderr
     model = build_random_model("tiny", tmp_path / "model")
     (tmp_path / "cat").mkdir()
-    load_image(folder / "my_pictures/0.jpg").save(tmp_path / "cat/0.png")
+    load_image(folder / "my_images/0.jpg").save(tmp_path / "cat/0.png")
     done = subprocess.run(
         [
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1",

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from concept import apply_concepts, load_concept
 from machine import computes_bf16
-from pictures import UsageError
-from tests.conftest import ROOT, draw_pictures, flags, launch, run_script
+from images import UserError
+from tests.conftest import ROOT, draw_images, flags, launch, run_script
 
 Train = Callable[[list[str]], None]
 WEIGHTS = "pytorch_custom_diffusion_weights"
@@ -49,9 +49,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 # --- what the example's own tests hold -----------------------------------------------------------
 
 
-def test_example_1_two_steps_write_both_files(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_example_1_two_steps_write_both_files(base_model: Path, images: Path, tmp_path: Path) -> None:
     launch(
-        *flags(base_model, pictures, tmp_path, instance_prompt="<new1>", scale_lr=True, gradient_accumulation_steps=1),
+        *flags(base_model, images, tmp_path, instance_prompt="<new1>", scale_lr=True, gradient_accumulation_steps=1),
         "--no_safe_serialization",
     )
     assert (tmp_path / f"{WEIGHTS}.bin").is_file()
@@ -59,19 +59,19 @@ def test_example_1_two_steps_write_both_files(base_model: Path, pictures: Path, 
     assert not list(tmp_path.glob("*.safetensors")), "--no_safe_serialization leaves the .bin files alone"
 
 
-def test_example_2_the_limit_keeps_the_newest_checkpoints(base_model: Path, pictures: Path, tmp_path: Path) -> None:
-    argv = flags(base_model, pictures, tmp_path, max_train_steps=6, checkpoints_total_limit=2, checkpointing_steps=2)
+def test_example_2_the_limit_keeps_the_newest_checkpoints(base_model: Path, images: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, images, tmp_path, max_train_steps=6, checkpoints_total_limit=2, checkpointing_steps=2)
     launch(*argv)
     assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-6"}
 
 
 def test_example_3_resuming_removes_several_checkpoints(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    train_here(flags(base_model, pictures, tmp_path, max_train_steps=4, checkpointing_steps=2))
+    train_here(flags(base_model, images, tmp_path, max_train_steps=4, checkpointing_steps=2))
     assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-4"}
     launch(
-        *flags(base_model, pictures, tmp_path, max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2),
+        *flags(base_model, images, tmp_path, max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2),
         "--resume_from_checkpoint=checkpoint-4",
     )
     assert checkpoints(tmp_path) == {"checkpoint-6", "checkpoint-8"}
@@ -155,7 +155,7 @@ def test_checkpoints_hold_only_what_is_trained(trained: Path) -> None:
     assert size < 3 * 4 * values + 60_000
 
 
-def test_validation_pictures_are_written_and_logged(trained: Path) -> None:
+def test_validation_images_are_written_and_logged(trained: Path) -> None:
     # Steps 2 and 4 on the way (once each, though two batches make a step) and 6 at the end.
     assert names(trained / "validation") == {f"step_00000{step}_{i}.png" for step in (2, 4, 6) for i in range(2)}
     first = np.asarray(Image.open(trained / "validation" / "step_000002_0.png"), dtype=int)
@@ -196,7 +196,7 @@ def test_generated_class_images(trained: Path) -> None:
 def test_a_resumed_run_ends_bit_equal(
     trained: Path,
     base_model: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     workers: int,
     unknown_then: tuple[str, ...],
@@ -210,7 +210,7 @@ def test_a_resumed_run_ends_bit_equal(
     train_here(
         flags(
             base_model,
-            pictures,
+            images,
             tmp_path,
             with_prior_preservation=True,
             class_data_dir=trained.parent / "class",
@@ -228,57 +228,57 @@ def test_a_resumed_run_ends_bit_equal(
 
 
 def test_latest_starts_afresh_where_there_is_none(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_here(flags(base_model, pictures, tmp_path / "out", resume_from_checkpoint="latest"))
+    train_here(flags(base_model, images, tmp_path / "out", resume_from_checkpoint="latest"))
     assert "no checkpoint" in caplog.text
     assert "starts afresh" in caplog.text
     assert learned(tmp_path / "out")
 
 
 def test_resuming_with_other_settings_is_refused(
-    trained: Path, base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+    trained: Path, base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
     shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     more = {"modifier_token": "<new2>", "instance_prompt": "<new2>", "resume_from_checkpoint": "checkpoint-3"}
-    with pytest.raises(UsageError) as caught:
-        train_here(flags(base_model, pictures, tmp_path, **more))
+    with pytest.raises(UserError) as caught:
+        train_here(flags(base_model, images, tmp_path, **more))
     for difference in ('modifier_token "<new1>" -> "<new2>"', "learning_rate 0.01 -> 1e-05", "--overwrite"):
         assert difference in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_of_other_projections_is_refused(
-    trained: Path, base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+    trained: Path, base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
     shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "training_state" / "training_settings.json").unlink()
     more = {"freeze_model": "crossattn", "resume_from_checkpoint": "latest"}
-    with pytest.raises(UsageError, match=r"does not fit this run .*to_q"):
-        train_here(flags(base_model, pictures, tmp_path, **more))
+    with pytest.raises(UserError, match=r"does not fit this run .*to_q"):
+        train_here(flags(base_model, images, tmp_path, **more))
 
 
 def test_another_runs_folder_is_not_written_to(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=2))
+    train_here(flags(base_model, images, tmp_path, checkpointing_steps=2))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"seed 42 -> 43.*--overwrite"):
-        train_here(flags(base_model, pictures, tmp_path, seed=43))
+    with pytest.raises(UserError, match=r"seed 42 -> 43.*--overwrite"):
+        train_here(flags(base_model, images, tmp_path, seed=43))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1))  # the same settings
-    train_here(flags(base_model, pictures, tmp_path, seed=43, overwrite=True))
+    train_here(flags(base_model, images, tmp_path, checkpointing_steps=1, max_train_steps=1))  # the same settings
+    train_here(flags(base_model, images, tmp_path, seed=43, overwrite=True))
     assert not checkpoints(tmp_path), "those of the other run are gone, so that latest cannot pick them"
 
 
 def test_a_half_written_checkpoint_is_never_picked(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    train_here(flags(base_model, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1))
+    train_here(flags(base_model, images, tmp_path, checkpointing_steps=1, max_train_steps=1))
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.tmp")
     (tmp_path / ".checkpoint-2.tmp" / f"{WEIGHTS}.safetensors").write_bytes(b"half")
-    argv = flags(base_model, pictures, tmp_path, checkpointing_steps=1, resume_from_checkpoint="latest")
+    argv = flags(base_model, images, tmp_path, checkpointing_steps=1, resume_from_checkpoint="latest")
     train_here(argv)
     assert checkpoints(tmp_path) == {"checkpoint-1", "checkpoint-2"}
 
@@ -286,17 +286,17 @@ def test_a_half_written_checkpoint_is_never_picked(
 # --- variants ------------------------------------------------------------------------------------
 
 
-def test_without_modifier_token(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
-    train_here(flags(base_model, pictures, tmp_path, modifier_token=None, instance_prompt="photo of a cat"))
+def test_without_modifier_token(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(flags(base_model, images, tmp_path, modifier_token=None, instance_prompt="photo of a cat"))
     concept = load_concept(tmp_path)
     assert concept.attention
     assert not concept.tokens
 
 
-def test_several_concepts(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
-    pots = draw_pictures(tmp_path / "pot", 3)
+def test_several_concepts(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    pots = draw_images(tmp_path / "pot", 3)
     concepts = [
-        {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": str(pictures)},
+        {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": str(images)},
         {"instance_prompt": "photo of a <new2> pot", "instance_data_dir": str(pots)},
     ]
     (tmp_path / "list.json").write_text(json.dumps(concepts))
@@ -309,12 +309,12 @@ def test_several_concepts(base_model: Path, pictures: Path, tmp_path: Path, trai
     assert torch.allclose(tokens["<new2>"], table[47629], atol=0.1)
 
 
-def test_real_class_images(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
-    draw_pictures(tmp_path / "real" / "images", 4)
+def test_real_class_images(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    draw_images(tmp_path / "real" / "images", 4)
     (tmp_path / "real" / "images.txt").write_text("".join(f"{tmp_path}/real/images/{i}.png\n" for i in range(4)))
     (tmp_path / "real" / "caption.txt").write_text("".join(f"cat number {i}\n" for i in range(4)))
     more = {"class_prompt": "cat", "class_data_dir": tmp_path / "real", "num_class_images": 3}
-    train_here(flags(base_model, pictures, tmp_path / "out", with_prior_preservation=True, real_prior=True, **more))
+    train_here(flags(base_model, images, tmp_path / "out", with_prior_preservation=True, real_prior=True, **more))
     assert learned(tmp_path / "out")
     assert names(tmp_path / "real" / "images") == {f"{i}.png" for i in range(4)}, "nothing is added"
 
@@ -327,9 +327,9 @@ def test_real_class_images(base_model: Path, pictures: Path, tmp_path: Path, tra
     ],
 )
 def test_combinations_of_flags(
-    more: dict[str, object], base_model_v: Path, pictures: Path, tmp_path: Path, train_here: Train
+    more: dict[str, object], base_model_v: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    train_here(flags(base_model_v, pictures, tmp_path, **more))
+    train_here(flags(base_model_v, images, tmp_path, **more))
     weights = learned(tmp_path)
     assert all(value.dtype == torch.float32 for value in weights.values())
     keys = {key.split(".processor.")[1] for key in weights if ".processor." in key}
@@ -343,10 +343,10 @@ def test_combinations_of_flags(
 
 
 def test_updates_are_not_lost_in_bfloat16(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
     # An update of 1e-5 is far below what bfloat16 resolves at the size of these weights.
-    train_here(flags(base_model, pictures, tmp_path, mixed_precision="bf16", max_train_steps=3))
+    train_here(flags(base_model, images, tmp_path, mixed_precision="bf16", max_train_steps=3))
     plain = StableDiffusionPipeline.from_pretrained(base_model).unet.state_dict()
     for key, value in load_concept(tmp_path).attention.items():
         moved = (value - plain[key.replace(".processor.", ".").replace("_custom_diffusion", "")]).abs()
@@ -355,24 +355,24 @@ def test_updates_are_not_lost_in_bfloat16(
     assert ("no instructions for bf16" in caplog.text) == (not computes_bf16())
 
 
-def test_eight_bit_adam(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
-    train_here(flags(base_model, pictures, tmp_path, use_8bit_adam=True))
+def test_eight_bit_adam(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(flags(base_model, images, tmp_path, use_8bit_adam=True))
     assert learned(tmp_path)
 
 
-def test_epochs_are_counted_in_pictures(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, capsys: pytest.CaptureFixture[str]
+def test_epochs_are_counted_in_images(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Five pictures in batches of two are three batches, and two of these make a step: two steps an epoch.
+    # Five images in batches of two are three batches, and two of these make a step: two steps an epoch.
     more = {"max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-    train_here(flags(base_model, pictures, tmp_path, **more))
+    train_here(flags(base_model, images, tmp_path, **more))
     assert capsys.readouterr().out.strip().startswith("6 steps")
 
 
 def test_the_learning_rate_is_scaled(
-    base_model: Path, pictures: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class_images = draw_pictures(tmp_path / "class", 2)
+    class_images = draw_images(tmp_path / "class", 2)
     more = {
         "with_prior_preservation": True,
         "class_data_dir": class_images,
@@ -380,15 +380,15 @@ def test_the_learning_rate_is_scaled(
         "num_class_images": 2,
     }
     more |= {"scale_lr": True, "train_batch_size": 2, "gradient_accumulation_steps": 3, "report_to": "tensorboard"}
-    train_here(flags(base_model, pictures, tmp_path / "out", max_train_steps=1, **more))
+    train_here(flags(base_model, images, tmp_path / "out", max_train_steps=1, **more))
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "custom-diffusion"))
     events.Reload()
     assert events.Scalars("lr")[0].value == pytest.approx(1e-5 * 2 * 3 * 2)
 
 
-def test_class_images_are_topped_up(base_model: Path, pictures: Path, tmp_path: Path, train_here: Train) -> None:
+def test_class_images_are_topped_up(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
     more = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "cat"}
-    argv = flags(base_model, pictures, tmp_path / "out", max_train_steps=1, **more)
+    argv = flags(base_model, images, tmp_path / "out", max_train_steps=1, **more)
     train_here([*argv, "--num_class_images=4", "--sample_batch_size=3"])
     all_four = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
     assert sorted(name.split("-")[0] for name in all_four) == ["0", "1", "2", "3"]
@@ -401,8 +401,8 @@ def test_class_images_are_topped_up(base_model: Path, pictures: Path, tmp_path: 
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").iterdir()) == ["0", "1", "2", "3"]
 
 
-def test_wandb_gets_losses_and_pictures(base_model: Path, pictures: Path, tmp_path: Path) -> None:
-    argv = flags(base_model, pictures, tmp_path / "out", report_to="wandb", max_train_steps=3)
+def test_wandb_gets_losses_and_images(base_model: Path, images: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, images, tmp_path / "out", report_to="wandb", max_train_steps=3)
     result = launch(
         *argv,
         "--validation_prompt=<new1>",
@@ -414,8 +414,8 @@ def test_wandb_gets_losses_and_pictures(base_model: Path, pictures: Path, tmp_pa
     assert re.search(r"follow this run: wandb sync \S*offline-run-", result.stderr)
 
 
-def test_comet_gets_losses_pictures_and_no_secret(base_model: Path, pictures: Path, tmp_path: Path) -> None:
-    argv = flags(base_model, pictures, tmp_path / "out", report_to="comet_ml", max_train_steps=3)
+def test_comet_gets_losses_images_and_no_secret(base_model: Path, images: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, images, tmp_path / "out", report_to="comet_ml", max_train_steps=3)
     result = launch(
         *argv,
         "--validation_prompt=<new1>",
@@ -436,9 +436,9 @@ def test_comet_gets_losses_pictures_and_no_secret(base_model: Path, pictures: Pa
     assert "hub_token" not in text
 
 
-def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_no_secret_in_any_file(base_model: Path, images: Path, tmp_path: Path) -> None:
     secrets = {"HF_TOKEN": "hf_environment", "WANDB_API_KEY": "4" * 40, "MY_PASSWORD": "swordfish-and-more"}
-    argv = flags(base_model, pictures, tmp_path / "out", checkpointing_steps=1, max_train_steps=1)
+    argv = flags(base_model, images, tmp_path / "out", checkpointing_steps=1, max_train_steps=1)
     launch(*argv, "--report_to=tensorboard", "--hub_token=hf_argument", WANDB_DIR=str(tmp_path), **secrets)
     launch(*argv, "--report_to=wandb", WANDB_DIR=str(tmp_path), **secrets)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -448,7 +448,7 @@ def test_no_secret_in_any_file(base_model: Path, pictures: Path, tmp_path: Path)
             assert secret.encode() not in path.read_bytes(), f"{secret} stands in {path}"
 
 
-def test_all_cores_are_used(base_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_all_cores_are_used(base_model: Path, images: Path, tmp_path: Path) -> None:
     code = (
         "import os, torch, train_custom_diffusion as t; t.use_all_cores();"
         "assert torch.get_num_threads() == len(os.sched_getaffinity(0)), torch.get_num_threads()"

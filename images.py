@@ -1,4 +1,4 @@
-"""Picture files, without torch: retrieve.py, which needs no more than this, is then ready at once."""
+"""Image files, without torch: retrieve.py, which needs no more than this, is then ready at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 _HALF_WRITTEN = (".half-written-", ".tmp")
 
 
-class UsageError(ValueError):
+class UserError(ValueError):
     """Something that the user gave is wrong; the message is one line that names it and the way out."""
 
 
@@ -26,7 +26,7 @@ def first_line(error: Exception) -> str:
 
 
 def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
-    """Open a picture as people see it: upright, transparency on white, any mode as 8-bit RGB.
+    """Open an image as people see it: upright, transparency on white, any mode as 8-bit RGB.
 
     Args:
         path: of the file, or the open file.
@@ -34,7 +34,7 @@ def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = Non
             pixels.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) picture;
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) image;
             these are what Pillow's decoders raise.
     """
     with Image.open(path) as opened:
@@ -42,7 +42,7 @@ def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = Non
             opened.draft("RGB", (least_side, least_side))
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I") or image.mode == "F":
-            # 16-bit and float greys: Pillow would clip at 255 and leave a white picture.
+            # 16-bit and float greys: Pillow would clip at 255 and leave a white image.
             grey = np.asarray(image, dtype=np.float32)
             full_scale = 65535 if grey.max() > 255 else 255
             image = Image.fromarray((grey * (255 / full_scale)).clip(0, 255).astype(np.uint8))
@@ -53,7 +53,7 @@ def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = Non
 
 
 def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Split files into those that are pictures and those that are not (or are broken).
+    """Split files into those that are images and those that are not (or are broken).
 
     Every file is decoded whole: a truncated photograph shows itself only then, and would stop the run much later.
     """
@@ -73,12 +73,12 @@ def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None = None, side: int = 256) -> Image.Image:
-    """All pictures small on one.
+    """All images small on one.
 
     Args:
-        rows: the pictures' paths; rows may differ in length.
+        rows: the images' paths; rows may differ in length.
         labels: a text above each row.
-        side: the longest side of a picture in pixels.
+        side: the longest side of an image in pixels.
     """
     band = 24 if labels else 0
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
@@ -123,7 +123,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
 
 
 def write_image(path: str | os.PathLike, image: Image.Image, kind: str, **options: Any) -> None:
-    """Write a picture whole or not at all.
+    """Write an image whole or not at all.
 
     Args:
         kind: ``PNG`` or ``JPEG``.
