@@ -24,10 +24,12 @@ from diffusers import (
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from base_model import find_base_model
-from concept import Concept, UserError, apply_concepts, load_concept
-from config import HelpFormatter, parse_with_config, save_config
-from images import contact_sheet, first_line, write_image
+from custom_diffusion.command_line import HelpFormatter, parse_with_config, run, save_config
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import Concept, find_base_model, load_concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.images import contact_sheet, write_image
+from custom_diffusion.text import first_line
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -36,6 +38,8 @@ SCHEDULERS = {
     "euler_a": EulerAncestralDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -89,6 +93,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):
             parser.error(f"--{name} {getattr(args, name)} is no multiple of 8, which the VAE needs")
     return args
+
+
 # fmt: on
 
 
@@ -209,7 +215,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -30,12 +30,13 @@ from PIL import Image
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from base import world
-from base.features import ENCODER, image_features, load_encoder
-from base.score import background_of, generated, reconstructed
-from base.train_vae import as_tensor
-from concept import Concept, apply_concepts, load_concept
-from config import HelpFormatter
+from custom_diffusion.command_line import HelpFormatter
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import Concept, load_concept
+from tools.base import world
+from tools.base.features import ENCODER, image_features, load_encoder
+from tools.base.score import background_of, generated, reconstructed
+from tools.base.train_vae import as_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "base"

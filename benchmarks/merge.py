@@ -23,9 +23,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.random_model import SHAPES, build_random_model
-from concept import Concept, save_concept
-from config import HelpFormatter
-from formats import key_of_parameter
+from custom_diffusion.command_line import HelpFormatter
+from custom_diffusion.concept.files import Concept, save_concept
+from custom_diffusion.concept.formats import key_of_parameter
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("cat", "wooden pot")

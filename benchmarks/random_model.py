@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from base.tokenizer import clip_merges, write_tokenizer
-from base.train_unet import new_scheduler
+from tools.base.tokenizer import clip_merges, write_tokenizer
+from tools.base.train_unet import new_scheduler
 
 
 @dataclass(frozen=True)

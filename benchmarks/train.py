@@ -34,8 +34,8 @@ import torch
 from PIL import Image
 
 from benchmarks.random_model import SHAPES, build_random_model
-from config import HelpFormatter
-from machine import computes_bf16
+from custom_diffusion.command_line import HelpFormatter
+from custom_diffusion.machine import computes_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_LINE = "tokenizer.encode([initializer_token], add_special_tokens=False)"

@@ -12,8 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 import train_custom_diffusion
-from concept import UserError
-from images import UserError
+from custom_diffusion.errors import UserError
 from tests.conftest import ROOT, draw_images, flags, run_script
 from train_custom_diffusion import build_parser
 

@@ -13,12 +13,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from base import train_unet, world
-from base.score import generated
-from base.tokenizer import clip_merges, merges_for, write_tokenizer
-from base.train_text_encoder import TokenizedCaption
 from benchmarks.learning import load_designs
 from tests.conftest import ROOT, run_script
+from tools.base import train_unet, world
+from tools.base.score import generated
+from tools.base.tokenizer import clip_merges, merges_for, write_tokenizer
+from tools.base.train_text_encoder import TokenizedCaption
 
 BASE = ROOT / "base"
 

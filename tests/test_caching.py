@@ -20,13 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTokenizer
 
 import train_custom_diffusion
-from caching import read_posterior
-from concept import load_concept
-from data import CustomDiffusionDataset
-from frozen_layers import FrozenGroupNorm
-from images import UserError
+from custom_diffusion.concept.files import load_concept
+from custom_diffusion.data.caching import read_posterior
+from custom_diffusion.data.dataset import CustomDiffusionDataset
+from custom_diffusion.errors import UserError
+from custom_diffusion.training.frozen_layers import FrozenGroupNorm
+from custom_diffusion.training.run import Run, prepare_run, training_batches, validate
 from tests.conftest import draw_images, flags
-from train_custom_diffusion import Run, parse_args, prepare_run, train
+from train_custom_diffusion import parse_args, train
 
 Train = Callable[[list[str]], None]
 
@@ -239,7 +240,7 @@ def test_the_vae_is_gone_while_training(
     assert not vaes()
     weights = str(base_model / "vae")
     assert weights not in Path("/proc/self/maps").read_text(), "its file is no longer mapped into memory"
-    assert len(train_custom_diffusion.validate(run, 1, "validation")) == 1
+    assert len(validate(run, 1, "validation")) == 1
     assert not vaes(), "loaded for the images, and gone again"
     assert weights not in Path("/proc/self/maps").read_text()
     train(run, first_step=0)
@@ -260,7 +261,7 @@ def test_torch_compile_leaves_the_model_as_it_is_for_images(
     compiled, plain = (start(argv + flag) for flag in (["--torch_compile"], ["--torch_compile=False", "--overwrite"]))
     assert compiled.module.predict != compiled.module.unet.forward, "compiled when it is first called"
     assert plain.module.predict == plain.module.unet.forward
-    assert train_custom_diffusion.validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
+    assert validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
 
 
 def test_gradients_are_dropped_between_steps(
@@ -315,14 +316,14 @@ def test_without_new_words_the_text_encoder_is_not_needed(
     rows = rows_encoded(run)
     train(run, first_step=0)
     assert rows == []
-    assert train_custom_diffusion.validate(run, 4, "test"), "images can be made all the same"
+    assert validate(run, 4, "test"), "images can be made all the same"
 
 
 def test_encoded_captions_give_the_loss_of_their_ids(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out"))
-    (batch, *_) = train_custom_diffusion.training_batches(run, 0)
+    (batch, *_) = training_batches(run, 0)
     noise = batch.pop("posterior_noise")
     latents = train_custom_diffusion.sample_latents(batch.pop("posterior"), noise, run.scaling_factor)
     expected = run.module(latents, **batch)[0]

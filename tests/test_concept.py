@@ -25,8 +25,10 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
-from concept import Concept, UserError, apply_concepts, load_concept, save_concept
-from images import write_whole
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import write_whole
 from tests.conftest import flags
 
 WEIGHTS = "pytorch_custom_diffusion_weights"

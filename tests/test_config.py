@@ -13,8 +13,8 @@ import infer
 import merge
 import retrieve
 import train_custom_diffusion
-from concept import load_concept
-from config import HelpFormatter, save_config
+from custom_diffusion.command_line import HelpFormatter, save_config
+from custom_diffusion.concept.files import load_concept
 from tests.conftest import flags
 
 NEEDED = {

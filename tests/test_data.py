@@ -15,18 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from class_images import PromptDataset
-from data import (
-    CustomDiffusionDataset,
-    UserError,
-    View,
-    collate_fn,
-    find_class_images,
-    find_instance_images,
-    load_image,
-    position_batches,
-    side_by_side,
-)
+from custom_diffusion.data.class_images import PromptDataset
+from custom_diffusion.data.dataset import CustomDiffusionDataset, View, collate_fn, position_batches, side_by_side
+from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.errors import UserError
+from custom_diffusion.images import load_image
 from tests.conftest import draw_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

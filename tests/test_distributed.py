@@ -14,7 +14,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import train_custom_diffusion
-from concept import load_concept
+from custom_diffusion.concept.files import load_concept
+from custom_diffusion.training.run import prepare_run
 from tests.conftest import ROOT, draw_images, flags, run_script
 from tests.two_processes import digest_of_latents
 
@@ -113,7 +114,7 @@ def test_two_processes_share_the_encoding(
         )
 
     printed = two_processes(*argv("two", 1))
-    run = train_custom_diffusion.prepare_run(train_custom_diffusion.parse_args(argv("one", 2)))
+    run = prepare_run(train_custom_diffusion.parse_args(argv("one", 2)))
     assert len(run.dataset.posteriors) == 9
     assert f"latents {digest_of_latents(run)}\n" in printed, "both have what one process has"
     one, two = (

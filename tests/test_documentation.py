@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from concept import load_concept
+from custom_diffusion.concept.files import load_concept
 from tests.conftest import ROOT, draw_images, run_script
 from tests.hub_server import Hub
 

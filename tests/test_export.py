@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 import export
 import infer
 import train_custom_diffusion
-from base_model import BaseModel
-from concept import Concept, UserError, apply_concepts, load_concept, save_concept
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.compression import Decomposition, decompose
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import flags
 from tests.test_concept import load, make_image
 
@@ -124,7 +127,7 @@ def test_less_energy_is_smaller_and_errs_as_it_says(
 
 def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_model: Path, tmp_path: Path) -> None:
     concept = load_concept(cat)
-    decompositions = export.decompose(concept, BaseModel(str(base_model)).projections(concept.attention))
+    decompositions = decompose(concept, BaseModel(str(base_model)).projections(concept.attention))
     run("--model_dir", cat, "--format", "lora", "--output_dir", tmp_path / "default")
     tensors = load_file(tmp_path / "default" / "default.safetensors")
     for key, value in tensors.items():
@@ -292,7 +295,7 @@ def test_the_authors_first_format_is_read(tmp_path: Path) -> None:
         ({"unet": {"a.attn2.to_k.weight": {"u": torch.ones(3, 2), "v": torch.ones(1, 3)}}}, "do not fit each other"),
         ({"x": torch.ones(2)}, "holds no 'unet' table"),
         ({"unet": {"a.attn2.to_k.weight": torch.full((2, 2), float("nan"))}}, "not finite"),
-        ({"unet": {}, "modifier_token": {"<new1>": export.Decomposition}}, "could run code when read"),
+        ({"unet": {}, "modifier_token": {"<new1>": Decomposition}}, "could run code when read"),
     ],
 )  # fmt: skip
 def test_a_bad_delta_gets_one_line(content: dict, words: str, tmp_path: Path) -> None:

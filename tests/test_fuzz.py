@@ -19,17 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from concept import Concept, UserError, check_token_name, load_concept, save_concept
-from data import (
-    CustomDiffusionDataset,
-    UserError,
-    find_class_images,
-    find_instance_images,
-    load_image,
-    readable_images,
-)
+from custom_diffusion.concept.files import Concept, check_token_name, load_concept, save_concept
+from custom_diffusion.data.concept_list import read_concepts
+from custom_diffusion.data.dataset import CustomDiffusionDataset
+from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.errors import UserError
+from custom_diffusion.images import load_image, readable_images
+from custom_diffusion.training.tokens import parse_modifier_tokens
 from tests.conftest import draw_images
-from train_custom_diffusion import build_parser, parse_args, parse_modifier_tokens, read_concepts
+from train_custom_diffusion import build_parser, parse_args
 
 # Each example works in one folder that the next may overwrite; a slow one on a busy machine is no failure.
 fuzz = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

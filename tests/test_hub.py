@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from base_model import BaseModel
-from concept import Concept, load_concept, model_card, save_concept
-from formats import key_of_parameter
+from custom_diffusion.concept.cards import model_card
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.concept.formats import key_of_parameter
+from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import ROOT, flags, run_script
 from tests.hub_server import Hub, card_errors
 

@@ -13,7 +13,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import infer
-from concept import UserError, apply_concepts, load_concept
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import load_concept
+from custom_diffusion.errors import UserError
 from tests.conftest import ROOT, run_script
 
 FEW = ["--num_inference_steps", "3"]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from base.score import reconstructed
 from benchmarks.learning import (
     CONCEPT,
     CONCEPTS,
@@ -36,6 +35,7 @@ from benchmarks.learning import (
     with_untrained_token,
 )
 from tests.conftest import launch
+from tools.base.score import reconstructed
 
 # What takes several trainings: `make test-learning`.
 learning = pytest.mark.learning

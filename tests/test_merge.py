@@ -12,12 +12,25 @@ from huggingface_hub import ModelCard
 import infer
 import merge
 import train_custom_diffusion
-from base_model import BaseModel
 from benchmarks.merge import main as measure_merging
-from captions import make_captions
-from concept import Concept, UserError, load_concept, save_concept
-from merge import CAPTIONS, merge_weights, merging_directions, read_captions, text_features
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.concept.merging import (
+    CAPTIONS,
+    NEARNESS,
+    Part,
+    concept_prompts,
+    free_name,
+    mean_square,
+    merge_weights,
+    merging_directions,
+    read_captions,
+    text_features,
+    weigh_weights,
+)
+from custom_diffusion.errors import UserError
+from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import flags
+from tools import make_captions
 
 
 def learn(base_model: Path, images: Path, folder: Path, what: str, seed: int) -> Path:
@@ -88,8 +101,8 @@ def test_weighing_is_the_minimum_of_what_it_says() -> None:
     base, *learned = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
     *asked, captions = torch.randn(3, 40, 8, generator=generator, dtype=torch.float64)
     *targets, regularization = (features.T @ features / 40 for features in (*asked, captions))
-    weights = merge.weigh_weights(base, learned, targets, regularization, 0.5).requires_grad_()
-    near = merge.NEARNESS * sum(targets).diagonal().mean()
+    weights = weigh_weights(base, learned, targets, regularization, 0.5).requires_grad_()
+    near = NEARNESS * sum(targets).diagonal().mean()
     all_learned = base + sum(own - base for own in learned)
     objective = (
         near * (weights - all_learned).square().sum() + 0.5 * ((weights - base) @ captions.T).square().sum() / 40
@@ -97,7 +110,7 @@ def test_weighing_is_the_minimum_of_what_it_says() -> None:
     objective += sum(((weights - own) @ f.T).square().sum() / 40 for own, f in zip(learned, asked, strict=True))
     objective.backward()
     assert weights.grad.abs().max() < 1e-9
-    alone = merge.weigh_weights(base, learned[:1], targets[:1], regularization, 0.0)
+    alone = weigh_weights(base, learned[:1], targets[:1], regularization, 0.0)
     assert torch.allclose(alone, learned[0]), "nothing to weigh against: as it was learned"
 
 
@@ -117,10 +130,10 @@ def test_every_concept_takes_the_place_of_its_class(
     words: tuple[str, str], captions: list[str], expected: list[str]
 ) -> None:
     tokens = dict.fromkeys(("<a>", "<b>"), torch.zeros(1))
-    part = merge.Part(Concept({}, tokens), dict(zip(tokens, words, strict=True)))
-    prompts = merge.concept_prompts(part, captions)
+    part = Part(Concept({}, tokens), dict(zip(tokens, words, strict=True)))
+    prompts = concept_prompts(part, captions)
     assert prompts[-len(expected) :] == expected
-    assert set(prompts[: -len(expected)]) == set(merge.concept_prompts(part, []))
+    assert set(prompts[: -len(expected)]) == set(concept_prompts(part, []))
 
 
 def test_the_concepts_words_keep_their_keys_and_values(cat: Path, pot: Path, merged: Path, base_model: Path) -> None:
@@ -162,8 +175,8 @@ def test_unrelated_captions_move_less_than_in_either_parent(
 def test_one_concept_leaves_more_as_it_was_the_more_that_weighs(cat: Path, base_model: Path, tmp_path: Path) -> None:
     learned = load_concept(cat)
     base, models = BaseModel(str(base_model)), models_with_tokens(base_model, learned.tokens)
-    unseen = merge.mean_square(read_captions(CAPTIONS, 10_000)[1::2], *models)
-    own = merge.mean_square(["photo of a <new1> cat at night"], *models)
+    unseen = mean_square(read_captions(CAPTIONS, 10_000)[1::2], *models)
+    own = mean_square(["photo of a <new1> cat at night"], *models)
     moved, lost = [], []
     for weight in (0, 0.5, 5):
         folder = tmp_path / str(weight)
@@ -209,7 +222,7 @@ def test_merging_again_and_by_the_saved_file(
      ("sks", {"sks"}, "sks2")],
 )  # fmt: skip
 def test_names_of_renamed_tokens(token: str, taken: set[str], name: str) -> None:
-    assert merge.free_name(token, taken) == name
+    assert free_name(token, taken) == name
 
 
 # --- mistakes ------------------------------------------------------------------------------------

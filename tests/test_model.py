@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from frozen_layers import keep_less, recompute_wide_layers
-from train_custom_diffusion import CustomDiffusion, add_modifier_tokens, custom_diffusion_loss
+from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
+from custom_diffusion.training.objective import CustomDiffusion, custom_diffusion_loss
+from custom_diffusion.training.tokens import add_modifier_tokens
 
 
 def load(folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), **options: object) -> CustomDiffusion:

@@ -21,11 +21,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoints
 import train_custom_diffusion
-from caching import read_posterior
-from concept import load_concept
-from images import UserError
+from custom_diffusion.command_line import run_command_line
+from custom_diffusion.concept.files import load_concept
+from custom_diffusion.data.caching import read_posterior
+from custom_diffusion.errors import UserError
+from custom_diffusion.training.checkpoints import cannot_write, checkpoint_step, remove_checkpoint, remove_leftovers
+from custom_diffusion.training.run import check_loss
 from tests.conftest import ROOT, draw_images, flags, run_script
 
 # A server that has imported everything forks each run: a start takes a moment, not seconds.
@@ -42,7 +44,7 @@ def train(argv: list[str], log: str, largest_file: int | None = None) -> None:
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     train_custom_diffusion.use_all_cores = lambda: None
-    train_custom_diffusion.run_command_line(argv)
+    run_command_line(argv)
 
 
 def start(argv: list[str], log: Path, largest_file: int | None = None) -> ForkServerProcess:
@@ -195,7 +197,7 @@ def test_a_kill_while_a_checkpoint_is_removed(tmp_path: Path) -> None:
     path.mkdir()
     for number in range(5000):
         (path / str(number)).touch()
-    process = FORKS.Process(target=checkpoints.remove_checkpoint, args=(path,))
+    process = FORKS.Process(target=remove_checkpoint, args=(path,))
     process.start()
     # Unlike a listing, a walk does not mind that the folder loses its name meanwhile.
     while sum(len(files) for _, _, files in os.walk(tmp_path)) == 5000 and process.exitcode is None:
@@ -203,7 +205,7 @@ def test_a_kill_while_a_checkpoint_is_removed(tmp_path: Path) -> None:
     process.kill()
     process.join()
     assert not path.exists(), "what has a checkpoint's name is whole"
-    checkpoints.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -255,7 +257,7 @@ def test_a_signal_to_its_data_workers_too_ends_with_a_checkpoint(base_model: Pat
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     (checkpoint,) = (folder / "out").glob("checkpoint-*")
-    assert checkpoints.checkpoint_step(checkpoint) < 600
+    assert checkpoint_step(checkpoint) < 600
 
 
 def test_a_full_disk(base_model: Path, work: Path) -> None:
@@ -306,10 +308,10 @@ def test_steps_that_fp16_skips_do_not_stop_a_run(tmp_path: Path) -> None:
         args=SimpleNamespace(output_dir=str(tmp_path)), optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}])
     )
     for loss, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 49), (1.0, 3)):
-        train_custom_diffusion.check_loss(run, loss, 7, skipped)
+        check_loss(run, loss, 7, skipped)
     for loss, skipped, words in ((float("nan"), 0, "step 7 is not finite"), (1.0, 50, "50 steps in a row")):
         with pytest.raises(UserError, match=words):
-            train_custom_diffusion.check_loss(run, loss, 7, skipped)
+            check_loss(run, loss, 7, skipped)
 
 
 # --- two processes -------------------------------------------------------------------------------
@@ -375,8 +377,8 @@ def test_a_signal_to_one_stops_both_after_the_same_step(
     wait_for(out / "checkpoint-50", process)
     os.kill(workers_of(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
-    newest = max(out.glob("checkpoint-*"), key=checkpoints.checkpoint_step)
-    assert f"stopped by SIGTERM after step {checkpoints.checkpoint_step(newest)}" in output
+    newest = max(out.glob("checkpoint-*"), key=checkpoint_step)
+    assert f"stopped by SIGTERM after step {checkpoint_step(newest)}" in output
     states = {path.name for path in (newest / "training_state").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin"} <= states
     check_checkpoints(out)
@@ -399,6 +401,6 @@ def test_two_processes_survive_a_kill(two_processes: Callable[..., subprocess.Po
 
 def test_the_message_of_a_full_disk_names_the_reason(tmp_path: Path) -> None:
     error = OSError(errno.ENOSPC, "No space left on device")
-    message = str(checkpoints.cannot_write(tmp_path / "checkpoint-3", error, tmp_path))
+    message = str(cannot_write(tmp_path / "checkpoint-3", error, tmp_path))
     assert "No space left on device" in message
     assert "there is no checkpoint yet" in message

@@ -26,12 +26,14 @@ import pytest
 from PIL import Image
 
 import retrieve
-from config import save_config
-from data import find_class_images
-from images import load_image
-from retrieval import class_folder
-from retrieval.download import Downloader, Refused, is_public
-from retrieval.sources import LocalFiles, caption_of_title, has_words, one_line, query_words
+from custom_diffusion.command_line import save_config
+from custom_diffusion.data.images import find_class_images
+from custom_diffusion.images import load_image
+from custom_diffusion.retrieval import class_folder
+from custom_diffusion.retrieval.download import Downloader, Refused, is_public
+from custom_diffusion.retrieval.own_files import LocalFiles
+from custom_diffusion.retrieval.words import caption_of_title, has_words, query_words
+from custom_diffusion.text import one_line
 
 SCRIPT = Path(retrieve.__file__)
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import find_class_images
-from images import load_image
+from custom_diffusion.data.images import find_class_images
+from custom_diffusion.images import load_image
 
 pytestmark = pytest.mark.retrieval
 
@@ -49,7 +49,7 @@ def write_clip(folder):
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from base.tokenizer import clip_merges, write_tokenizer
+    from tools.base.tokenizer import clip_merges, write_tokenizer
 
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from concept import apply_concepts, load_concept
-from machine import computes_bf16
-from images import UserError
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import load_concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.machine import computes_bf16
 from tests.conftest import ROOT, draw_images, flags, launch, run_script
 
 Train = Callable[[list[str]], None]

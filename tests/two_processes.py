@@ -12,9 +12,10 @@ import torch
 from accelerate.utils import gather_object
 
 import train_custom_diffusion
+from custom_diffusion.training.run import Run, prepare_run, resume, save_result
 
 
-def digest_of_latents(run: train_custom_diffusion.Run) -> str:
+def digest_of_latents(run: Run) -> str:
     """The same wherever every view has the same posterior."""
     digest = hashlib.sha256()
     for view, posterior in sorted(run.dataset.posteriors.items(), key=lambda item: repr(item[0])):
@@ -24,13 +25,13 @@ def digest_of_latents(run: train_custom_diffusion.Run) -> str:
 
 def main() -> None:
     """Train with the arguments of the command line."""
-    run = train_custom_diffusion.prepare_run(train_custom_diffusion.parse_args(sys.argv[1:]))
-    train_custom_diffusion.train(run, first_step=train_custom_diffusion.resume(run))
+    run = prepare_run(train_custom_diffusion.parse_args(sys.argv[1:]))
+    train_custom_diffusion.train(run, first_step=resume(run))
     mine = torch.cat([parameter.detach().flatten() for parameter in run.module.trained().values()])
     everyone = gather_object([mine])
     digests = gather_object([digest_of_latents(run)])
     if run.accelerator.is_main_process:
-        train_custom_diffusion.save_result(run)
+        save_result(run)
         assert len(everyone) == run.accelerator.num_processes
         print("difference", max((other - mine).abs().max().item() for other in everyone))
         print("processes", len(everyone))

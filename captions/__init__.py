@@ -1,1 +1,0 @@
-"""Regularisation captions for merging."""

@@ -1,0 +1,182 @@
+"""What the command lines share: ``--config run.yaml``, the file that repeats a run, and how help is shown."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from custom_diffusion.errors import Interrupted, UserError
+from custom_diffusion.files import write_whole
+
+CONFIG_NAME = "config.yaml"
+
+
+# Secrets, who runs it, what a launcher sets, and the file itself have no place in a file that is passed on.
+_NOT_SAVED = ("config", "contact", "hub_token", "local_rank")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that say something: not None, False or nothing at all, but 0 is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is False or action.default in (None, "", []):
+            return action.help
+        if isinstance(action.default, list):  # as it would be typed, not as Python writes it
+            return f"{action.help} (default: {' '.join(map(str, action.default)).replace('%', '%%')})"
+        return super()._get_help_string(action)
+
+
+def switch(text: str) -> bool:
+    """An argparse type for switches that are also written ``--real_prior=True``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Add ``--config`` to a parser and parse with it: the file's flags first, so that the command line wins.
+
+    The file is a YAML mapping of flag names without dashes to values; lists for flags that take several, true and
+    false for switches. Its values go through the parser's own types and choices.
+
+    Raises:
+        SystemExit: as argparse does, also for a file that cannot be read and for names that are no flags.
+    """
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file with any of these flags; what is on the command line wins.")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        file = finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        file = None  # --config without a file: the real parser says so
+    given = list(sys.argv[1:] if argv is None else argv)
+    from_file = [] if file is None else _flags_of_file(parser, Path(file), given)
+    return parser.parse_args([*from_file, *given])
+
+
+def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--config {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        parser.error(f"--config {str(path)!r} is no valid YAML" + (f", see its line {mark.line + 1}" if mark else ""))
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        parser.error(f"--config {str(path)!r} must hold flags and their values, such as 'seed: 1'")
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    argv: list[str] = []
+    for name, value in content.items():
+        if name not in actions or name in ("config", "help"):
+            close = difflib.get_close_matches(str(name), actions, 1)
+            parser.error(f"--config {str(path)!r}: {name!r} is no flag" + (f"; {close[0]}?" if close else ""))
+        if not any(word.split("=")[0] in actions[name].option_strings for word in given):
+            argv += _as_flags(parser, actions[name], value, path)
+    return argv
+
+
+def _as_flags(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, path: Path) -> list[str]:
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"--config {str(path)!r}: {action.dest!r} is true or false, not {value!r}")
+        return [flag] if value else []
+    if action.nargs in ("+", "*"):
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(action.default, list) and isinstance(value, list):  # action="append": the flag several times
+        return [f"{flag}={one}" for one in value]
+    if isinstance(value, (list, dict)):
+        parser.error(f"--config {str(path)!r}: {action.dest!r} takes one value, not {value!r}")
+    return [f"{flag}={value}"]
+
+
+def without_userinfo(address: str) -> str:
+    """A web address without the user name and password that may stand before its host; other text as it is."""
+    return re.sub(r"(?i)^(\s*https?://)[^/?#]*@", r"\1", address)
+
+
+def config_text(args: argparse.Namespace) -> bytes:
+    """Every flag's value as YAML, without secrets: ``--config`` with this in a file repeats the run."""
+    values = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED and value is not None}
+    values = {name: without_userinfo(value) if isinstance(value, str) else value for name, value in values.items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).encode()
+
+
+def save_config(args: argparse.Namespace, path: Path) -> None:
+    """Write :func:`config_text` into a file, whole or not at all.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    write_whole(path, lambda file: file.write(config_text(args)))
+
+
+def whole_number(least: int) -> Any:
+    """An argparse type: a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def run(main: Callable[[], None], interrupted: str = "interrupted: run the same command again") -> None:
+    """Run a command's ``main``; whatever can go wrong for a user ends in one line and an exit code.
+
+    Args:
+        main: the command.
+        interrupted: what Ctrl-C leaves behind, and how to continue.
+
+    Raises:
+        SystemExit: with 1 for an error, 128 + its number after a signal.
+    """
+    # Every process finds the same error; one line of it is enough.
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) <= 0
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}" if speaks else 1)
+    except OSError as error:
+        # A full disk, a folder that may not be written to: what was written before is whole.
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+    except Interrupted as interruption:
+        if speaks:
+            print(interruption, file=sys.stderr)
+        sys.exit(interruption.exit_code)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

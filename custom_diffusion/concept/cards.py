@@ -1,0 +1,152 @@
+"""The Markdown cards that lie beside a concept: how it was made, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from custom_diffusion.concept.files import WEIGHTS_STEM, Concept
+from custom_diffusion.concept.merging import Part
+from custom_diffusion.files import is_hub_id
+
+
+def model_card(
+    concept: Concept,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    sample_prompt: str | None = None,
+    sample_images: Sequence[str] = (),
+    origin: str = "trained",
+) -> str:
+    """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample images.
+
+    Args:
+        concept: its ``base_model`` is named where there is one.
+        prompts: the instance prompts of the training run.
+        settings: what to tell about the run, for a table; must hold no secret.
+        sample_prompt, sample_images: prompt and file names (beside the card) of images to show.
+        origin: how the weights were made, ``trained`` or ``merged``.
+    """
+    words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
+    prompt = sample_prompt or prompts[0]
+    load_tokens = "".join(
+        f'pipeline.load_textual_inversion(model, weight_name="{token}.bin")\n' for token in concept.tokens
+    )
+    text = f"""# Custom Diffusion: {words}
+
+Cross-attention weights and new words for {concept.base_model or "a Stable Diffusion model that is not public"},
+{origin} with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/), for:
+
+{_lines(f"- `{prompt}`" for prompt in prompts)}
+
+{_lines(f"![{sample_prompt}](./{name})" for name in sample_images)}
+
+## Use it
+
+With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
+
+```bash
+python infer.py --model_dir this-folder --prompt "{prompt}"
+```
+
+With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+model = "."  # the path of this folder, or its name on the Hub
+base_model = "{concept.base_model or "the model above"}"
+pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16).to("cuda")
+pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline=pipeline)
+{load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
+```
+
+## How it was {origin}
+
+| setting | value |
+|---|---|
+{_lines(f"| {name} | {value} |" for name, value in settings.items())}
+
+The licence of the base model holds for these weights too.
+"""
+    data = ModelCardData(
+        base_model=concept.base_model,
+        # Which licence that is depends on the base model; the Hub wants a name for what is on none of its lists.
+        license="other",
+        license_name="as-the-base-model",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion", "diffusers-training"],
+        instance_prompt=", ".join(prompts),
+        # What the Hub's page shows and lets visitors try.
+        widget=[{"text": prompt, "output": {"url": name}} for name in sample_images] or [{"text": prompt}],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)
+
+
+def lora_card(concept: Concept, name: str) -> str:
+    """How to use the files, program by program."""
+    words = ", ".join(f"`{token}`" for token in concept.tokens)
+    prompt = (concept.instance_prompt or " ".join(concept.tokens)).split(", ")[0]
+    comfy = prompt
+    for token in concept.tokens:
+        comfy = comfy.replace(token, f"embedding:{token}")
+    stem = name.removesuffix(".safetensors")
+    base = concept.base_model or "the base model"
+    loads = "".join(
+        f'pipeline.load_textual_inversion(folder, weight_name="{token}.safetensors", token="{token}")\n'
+        for token in concept.tokens
+    )
+    data = ModelCardData(
+        # The Hub refuses a card whose base model is no model of its own, such as a local folder.
+        base_model=base if is_hub_id(base) else None,
+        license="other",
+        license_name="as-the-base-model",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion", "lora", "textual_inversion", "custom-diffusion"],
+        instance_prompt=concept.instance_prompt,
+        widget=[{"text": prompt}],
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# LoRA and embeddings of {words}
+
+For {base}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
+
+| program | `{name}` goes to | the words go to | prompt |
+|---|---|---|---|
+| ComfyUI | `models/loras` (node Load LoRA; only the model's strength matters) | `models/embeddings` | `{comfy}` |
+| AUTOMATIC1111, Forge | `models/Lora` | `embeddings` | `{prompt} <lora:{stem}:1>` |
+| InvokeAI | add both in the model manager | | `{prompt}`, with the LoRA switched on |
+
+A word's name in these programs is the name of its file. Windows allows no angle brackets in names: call the file
+`my-new1.safetensors` there, and write `my-new1`.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "."  # or the name on the Hub
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights(folder, weight_name="{name}")
+{loads}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
+```
+"""
+
+
+def merged_card(merged: Concept, parts: Sequence[Part], settings: Mapping[str, object]) -> bytes:
+    """The model card of the merged concept; ``settings`` are those of merging."""
+    prompts = [f"photo of a {phrase}" for part in parts for phrase in part.phrases()]
+    together = " and a ".join(phrase for part in parts for phrase in part.phrases())
+    settings = {"concepts": ", ".join(Path(part.concept.source).name for part in parts), **settings}
+    return model_card(merged, prompts, settings, f"a {together}", origin="merged").encode()

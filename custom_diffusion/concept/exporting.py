@@ -1,0 +1,112 @@
+"""Writing a concept for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from custom_diffusion.concept import formats
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.cards import lora_card
+from custom_diffusion.concept.compression import DTYPES, PAPER_ENERGY, Decomposition, decompose, relative_error
+from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name
+from custom_diffusion.files import write_whole
+from custom_diffusion.models.base_model import BaseModel
+
+
+def export_lora(concept: Concept, base: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
+    """Write a LoRA in kohya-ss' naming, and one embedding file per token."""
+    decompositions = decompose(concept, base)
+    ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
+    dtype = DTYPES[args.dtype or "fp16"]
+    tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
+    name = lora_name(folder, concept)
+    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
+    write_whole(folder / name, lambda file: file.write(data))
+    for token, vector in concept.tokens.items():
+        check_token_name(token)
+        embedding = safetensors.torch.save(formats.to_embedding(vector), metadata={"format": "pt"})
+        write_whole(folder / f"{token}.safetensors", lambda file, data=embedding: file.write(data))
+    write_whole(folder / CARD_NAME, lambda file: file.write(lora_card(concept, name).encode()))
+    biases = [key for key, weight in concept.attention.items() if weight.dim() == 1]
+    if biases:
+        change = sum((concept.attention[key] - base[key]).float().square().sum().item() for key in biases)
+        whole = sum(base[key].square().sum().item() for key in biases)
+        print(
+            f"warning: a LoRA holds matrices only, so the trained biases of {len(biases)} output projections are left "
+            f"out (they changed by {math.sqrt(change / max(whole, 1e-300)):.1%}); --format pipeline or delta holds all",
+            file=sys.stderr,
+        )
+    print(
+        f"{folder / name}: rank {min(ranks.values())} to {max(ranks.values())}, {len(data) / 1e6:.1f} MB, "
+        f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+    )
+    print("In diffusers, ComfyUI, AUTOMATIC1111/Forge and InvokeAI: see " + str(folder / CARD_NAME))
+
+
+def chosen_rank(decomposition: Decomposition, args: argparse.Namespace) -> int:
+    """The rank of a layer as the command line asks for."""
+    if args.rank is not None:
+        return min(args.rank, len(decomposition.s))
+    return decomposition.rank(args.energy if args.energy is not None else PAPER_ENERGY)
+
+
+def lora_name(folder: Path, concept: Concept) -> str:
+    """The LoRA's file name: that of its folder, because programs show it and prompts name it."""
+    name = folder.resolve().name
+    return f"{name}-lora.safetensors" if name in concept.tokens else f"{name}.safetensors"
+
+
+def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
+    """What programs read of a LoRA without loading it; kohya-ss' names."""
+    width = next(iter(concept.tokens.values())).shape[0] if concept.tokens else 0
+    same = len(set(ranks.values())) == 1
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks.values())) if same else "Dynamic",
+        "ss_network_alpha": str(max(ranks.values())),
+        "ss_base_model_version": {768: "sd_v1", 1024: "sd_v2"}.get(width, "unknown"),
+        "ss_v2": str(width == 1024),
+        "modelspec.trigger_phrase": " ".join(concept.tokens),
+    }
+    return {"format": "pt"} | metadata
+
+
+def export_pipeline(concept: Concept, model: BaseModel, args: argparse.Namespace, folder: Path) -> None:
+    """Write the whole base model with the concept built in, in diffusers' layout."""
+    pipeline = model.pipeline(DTYPES[args.dtype or "fp32"])
+    apply_concepts(pipeline, concept)
+    # Whole or not at all: it gets its name when it is complete.
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary)
+        folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{folder}: DiffusionPipeline.from_pretrained("{folder}") knows {", ".join(concept.tokens)}')
+
+
+def export_delta(concept: Concept, base: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
+    """Write the authors' delta.bin, compressed where that is asked for."""
+    factors = None
+    if args.rank is not None or args.energy is not None:
+        # Their compress.py leaves queries and outputs whole, and their loader expects that.
+        small = {k: w for k, w in concept.attention.items() if "to_k_custom" in k or "to_v_custom" in k}
+        decompositions = decompose(replace(concept, attention=small), base)
+        factors = {key: d.factors(chosen_rank(d, args)) for key, d in decompositions.items()}
+    content = formats.to_delta(concept.attention, concept.tokens, factors)
+    name = "compressed_delta.bin" if factors else "delta.bin"
+    write_whole(folder / name, lambda file: torch.save(content, file))
+    size = (folder / name).stat().st_size / 1e6
+    print(f"{folder / name}: {size:.1f} MB, for the authors' code" + (" with --compress" if factors else ""))

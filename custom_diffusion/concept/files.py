@@ -1,0 +1,317 @@
+"""A learned concept: its files on disk, and how it goes into a pipeline and out again.
+
+This module is the only place that knows the format. A concept is a folder (or a Hub repository) with
+
+- ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
+  projections, under the keys of diffusers' Custom Diffusion processors;
+- ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``;
+- ``README.md``: a model card whose ``base_model`` says which model the weights belong to.
+
+The authors' ``delta.bin`` is read in place of these (:mod:`formats` knows its layout).
+Files of strangers are read as safetensors or with ``weights_only=True``, so that reading never runs code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from torch import Tensor
+
+from custom_diffusion.concept import formats
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import has_hub_form, is_hub_id, write_whole
+from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.text import first_line
+
+
+def find_base_model(
+    given: str | None, revision: str | None, variant: str | None, concepts: Sequence[Concept]
+) -> BaseModel:
+    """The base model of the command line, or else the one that the concepts' cards name.
+
+    Raises:
+        UserError: where none is known, the cards disagree, or there is no such folder.
+    """
+    known = {concept.base_model: concept.source for concept in concepts if concept.base_model}
+    if given is None and len(known) > 1:
+        (one, its), (other, others) = list(known.items())[:2]
+        raise UserError(
+            f"{its!r} was trained on {one!r} and {others!r} on {other!r}; "
+            "if these are the same model, give --pretrained_model_name_or_path"
+        )
+    name = given or next(iter(known), None)
+    if name is None:
+        raise UserError(f"the card of {concepts[0].source!r} names no base model: give --pretrained_model_name_or_path")
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UserError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
+    return BaseModel(name, revision, variant)
+
+
+WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
+
+
+DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
+
+
+CARD_NAME = "README.md"
+
+
+MOST_DOWNLOADED_BYTES = 2 * 2**30  # a concept of all projections of the largest base models takes a tenth of it
+
+
+MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
+
+
+# Windows forbids more than a separator needs, the customary angle brackets among it.
+_NOT_IN_FILE_NAMES = '/\\:<>"|?*' if os.name == "nt" else "/\\:"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What Custom Diffusion learned.
+
+    Attributes:
+        attention: the trained projections in float32 or as stored, keyed as diffusers' processors name them
+            (``...attn2.processor.to_k_custom_diffusion.weight`` of shape (hidden size, text width), ``to_v``,
+            and with ``crossattn`` also ``to_q`` and ``to_out``). Empty where only tokens were learned.
+        tokens: modifier token to its embedding, shape (text width,).
+        base_model: the model that was fine-tuned (Hub id or folder), where it is known.
+        source: where the concept was read from, for messages.
+        differences: keyed like ``attention``, projections that are known only as difference from the base model's
+            (the authors' compressed files); :func:`complete` turns them into ``attention``.
+        instance_prompt: what the card says of the prompts it was trained on.
+    """
+
+    attention: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    base_model: str | None = None
+    source: str = "the concept"
+    differences: dict[str, Tensor] = field(default_factory=dict)
+    instance_prompt: str | None = None
+
+
+def check_token_name(token: str) -> None:
+    """Refuse a modifier token that could not safely be a file name of its own.
+
+    Raises:
+        UserError: for a token that is empty, holds white space or control characters, is too long,
+            or would be read as a path.
+    """
+    if not token:
+        raise UserError("a modifier token is empty; write for example --modifier_token '<new1>+<new2>'")
+    if any(character.isspace() or not character.isprintable() for character in token):
+        raise UserError(f"the modifier token {token!r} holds white space or an unprintable character")
+    if token.startswith(".") or any(character in token for character in _NOT_IN_FILE_NAMES):
+        raise UserError(
+            f"the modifier token {token!r} would be a path: each token becomes a file name, "
+            f"so it must not start with '.' or hold any of {_NOT_IN_FILE_NAMES}"
+        )
+    if len(token.encode()) > MAX_TOKEN_BYTES:
+        raise UserError(
+            f"the modifier token {token[:20]!r}... is longer than {MAX_TOKEN_BYTES} bytes, too long for a file name"
+        )
+    if token == WEIGHTS_STEM:
+        raise UserError(f"the modifier token {token!r} is the name of the weights file; take another one")
+
+
+def save_concept(
+    concept: Concept, folder: str | os.PathLike, safetensors_too: bool = True, bin_too: bool = True
+) -> list[str]:
+    """Write the weights and one file per token.
+
+    Both formats hold an empty entry per self-attention processor: diffusers' ``load_attn_procs`` wants to hear
+    of every processor of the UNet, and takes an empty entry for one that was not trained.
+
+    Args:
+        folder: made if it is not there.
+        safetensors_too, bin_too: which of the two formats to write.
+
+    Returns:
+        The names of the files written, relative to ``folder``.
+
+    Raises:
+        UserError: for a token that cannot be a file name, values that are not finite, or differences whose base
+            model is not known here; nothing is written then.
+    """
+    folder = Path(folder)
+    if concept.differences:
+        raise UserError(f"{concept.source!r} is compressed: complete it with its base model before saving it")
+    for token in concept.tokens:
+        check_token_name(token)
+    _check_finite(concept)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
+    cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
+    untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
+    files = {token: {token: vector.detach().to("cpu", copy=True)} for token, vector in concept.tokens.items()}
+    written = []
+    if safetensors_too:
+        contents = dict(files)
+        if cpu:
+            contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
+        for stem, tensors in contents.items():
+            data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+            write_whole(folder / f"{stem}.safetensors", lambda file, data=data: file.write(data))
+            written.append(f"{stem}.safetensors")
+    if bin_too:
+        contents = dict(files)
+        if cpu:
+            contents[WEIGHTS_STEM] = cpu | {name: {} for name in untrained}
+        for stem, tensors in contents.items():
+            write_whole(folder / f"{stem}.bin", lambda file, tensors=tensors: torch.save(tensors, file))
+            written.append(f"{stem}.bin")
+    return written
+
+
+def load_concept(source: str | os.PathLike) -> Concept:
+    """Read a concept from a folder, a training checkpoint, the authors' ``delta.bin`` or a Hub repository.
+
+    Safetensors are preferred; a ``.bin`` is read with ``weights_only=True``.
+
+    Args:
+        source: folder, file of the authors', or Hub id; a revision follows the id as in ``owner/name@revision``.
+
+    Raises:
+        UserError: where there is no concept, or a file is broken, would run code, or holds values that are
+            not finite.
+    """
+    path = _local_path(str(source))
+    folder = path if path.is_dir() else path.parent
+    files = _weight_files(folder)
+    delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
+    if path.is_file() or (delta is not None and WEIGHTS_STEM not in files):
+        attention, differences, tokens = _read_delta(path if path.is_file() else delta)
+    else:
+        attention, tokens = _read_own_files(files)
+        differences = {}
+    if not attention and not differences and not tokens:
+        raise UserError(
+            f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
+            "delta.bin; give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
+        )
+    base_model, instance_prompt = _read_card(folder)
+    concept = Concept(attention, tokens, base_model, str(source), differences, instance_prompt)
+    _check_finite(concept)
+    return concept
+
+
+def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    attention: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    for stem, path in files.items():
+        content = _read_tensors(path)
+        if stem == WEIGHTS_STEM:
+            # Empty entries stand for processors that were not trained.
+            attention = {key: value for key, value in content.items() if len(value) > 0}
+            foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
+            if foreign is not None:
+                raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
+        elif set(content) == {stem} and isinstance(content[stem], Tensor) and content[stem].dim() == 1:
+            # The clone leaves behind the whole embedding table that the example stores with each vector.
+            tokens[stem] = content[stem].clone()
+    return attention, tokens
+
+
+def _check_finite(concept: Concept) -> None:
+    for name, tensor in (concept.attention | concept.differences | concept.tokens).items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
+
+
+def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    try:
+        attention, differences, tokens = formats.from_delta(_read_tensors(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+    for token in tokens:
+        check_token_name(token)
+    # Clones as above: whoever saved these may have stored views too.
+    return attention, differences, {token: vector.clone() for token, vector in tokens.items()}
+
+
+def _local_path(source: str) -> Path:
+    """The folder (or file) itself, or the local copy of a Hub repository."""
+    if Path(source).exists():
+        return Path(source)
+    name, _, revision = source.partition("@")
+    if not has_hub_form(name):
+        raise UserError(f"there is no folder {source!r}: give the --output_dir of a training run, or a Hub id")
+
+    def download(pattern: str) -> Path:
+        wanted = partial(
+            snapshot_download,
+            name,
+            revision=revision or None,
+            allow_patterns=[pattern, CARD_NAME],
+            ignore_patterns=["*/*"],
+        )
+        size = sum(file.file_size or 0 for file in wanted(dry_run=True) if file.will_download)
+        if size > MOST_DOWNLOADED_BYTES:
+            raise UserError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
+        return Path(wanted())
+
+    try:
+        # First what is safe to read; the pickles only where there is nothing else.
+        folder = download("*.safetensors")
+        if not (folder / f"{WEIGHTS_STEM}.safetensors").exists():
+            folder = download("*.bin")
+    except UserError:
+        raise
+    except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
+        reason = first_line(error)
+        raise UserError(f"there is no folder {source!r}, and the Hub does not give it either: {reason}") from error
+    return folder
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Stem to file for every tensor file at the top of ``folder``, safetensors before ``.bin``."""
+    files: dict[str, Path] = {}
+    for ending in (".safetensors", ".bin"):
+        for path in sorted(folder.glob(f"*{ending}")):
+            if not path.name.startswith("."):
+                files.setdefault(path.name.removesuffix(ending), path)
+    return files
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # mmap: the example's token files carry a whole embedding table that nobody needs in memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # safetensors, pickle, zip and struct errors all mean the same to the user
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise UserError(f"{path} holds more than tensors and could run code when read: refused") from error
+        raise UserError(f"{path} cannot be read: it is damaged or no weights file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: it holds no table of weights")
+    return content
+
+
+def _read_card(folder: Path) -> tuple[str | None, str | None]:
+    """Base model and instance prompt, as far as the card names them."""
+    # A checkpoint inside an output folder has its own card; the parent's is no fallback, it may be another run's.
+    card = folder / CARD_NAME
+    if not card.is_file():
+        return None, None
+    try:
+        data = ModelCard.load(card).data.to_dict()
+    except Exception:  # a card is written by people: whatever is wrong with its header, the weights are still good
+        return None, None
+    base_model, instance_prompt = data.get("base_model"), data.get("instance_prompt")
+    if isinstance(base_model, list):
+        base_model = base_model[0] if base_model else None
+    return (
+        base_model if isinstance(base_model, str) else None,
+        instance_prompt if isinstance(instance_prompt, str) else None,
+    )

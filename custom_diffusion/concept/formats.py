@@ -1,0 +1,162 @@
+"""Other programs' files of a concept: names and layouts only, nothing is read from or written to disk here.
+
+Beside :mod:`concept` because each layout is a translation of the same two tables, trained projections and tokens:
+
+- the authors' ``delta.bin`` (their diffusers code): ``{"unet": {parameter name: weight}, "modifier_token": {...}}``,
+  with ``{"u", "v"}`` in place of a weight where their compress.py has been;
+- the authors' ``delta.ckpt`` (their first code): ``{"state_dict": {CompVis name: weight, "embed": rows}}``;
+- kohya-ss' LoRA, which diffusers, ComfyUI, AUTOMATIC1111/Forge and InvokeAI read;
+- an embedding file as these programs read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# `down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight`
+KEY = re.compile(
+    r"(?P<attention>.+\.attn2)\.processor\."
+    r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
+)
+
+
+_PARAMETER = re.compile(r"(.+\.attn2)\.(to_k|to_v|to_q|to_out)\.((?:0\.)?(?:weight|bias))")
+
+
+_COMPVIS = re.compile(r"model\.diffusion_model\.(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.(.+)")
+
+
+def parameter_name(key: str) -> str:
+    """The UNet parameter that a key stands for: ``...attn2.to_k.weight`` for ``...attn2.processor.to_k_...``."""
+    match = KEY.fullmatch(key)
+    assert match is not None, key
+    return f"{match['attention']}.{match['projection']}.{match['parameter']}"
+
+
+def key_of_parameter(name: str) -> str:
+    """The inverse of :func:`parameter_name`.
+
+    Raises:
+        ValueError: for what is no cross-attention projection.
+    """
+    match = _PARAMETER.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no cross-attention projection")
+    return f"{match[1]}.processor.{match[2]}_custom_diffusion.{match[3]}"
+
+
+def _parameter_of_compvis(name: str) -> str:
+    """The UNet parameter of diffusers for a name of the first Stable Diffusion code (1.x and 2.x shapes)."""
+    match = _COMPVIS.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no attention parameter of the UNet")
+    side, number, rest = match[1], int(match[2] or 0), match[3]
+    if side == "input":
+        return f"down_blocks.{(number - 1) // 3}.attentions.{(number - 1) % 3}.{rest}"
+    if side == "output":
+        return f"up_blocks.{number // 3}.attentions.{number % 3}.{rest}"
+    return f"mid_block.attentions.0.{rest}"
+
+
+def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Translate the content of a ``delta.bin`` or ``delta.ckpt``.
+
+    Returns:
+        Trained projections, low-rank differences from the base model (compressed files have these instead), both
+        keyed like :attr:`concept.Concept.attention`, and tokens. Tensors are the very ones of ``content``.
+
+    Raises:
+        ValueError: for content that is something else, or more than a concept can hold.
+    """
+    if isinstance(content.get("state_dict"), Mapping):
+        content = _from_compvis(content["state_dict"])
+    unet, tokens = content.get("unet"), content.get("modifier_token", {})
+    if not isinstance(unet, Mapping) or not isinstance(tokens, Mapping):
+        raise ValueError("holds no 'unet' table: it is no delta.bin of Custom Diffusion")
+    if "text_encoder" in content:
+        raise ValueError("holds a whole text encoder that was trained too; only tokens and attention can be read")
+    weights: dict[str, Tensor] = {}
+    differences: dict[str, Tensor] = {}
+    for name, value in unet.items():
+        key = key_of_parameter(name)
+        if isinstance(value, Mapping) and {"u", "v"} <= value.keys():
+            u, v = value["u"], value["v"]
+            if not all(isinstance(factor, Tensor) and factor.dim() == 2 for factor in (u, v)) or len(u.T) != len(v):
+                raise ValueError(f"has factors for {name!r} that do not fit each other")
+            differences[key] = u.float() @ v.float()
+        elif isinstance(value, Tensor):
+            weights[key] = value
+        else:
+            raise ValueError(f"holds no weights for {name!r}")
+    for token, vector in tokens.items():
+        if not isinstance(vector, Tensor) or vector.dim() != 1:
+            raise ValueError(f"holds no single vector for {token!r}: deltas of Stable Diffusion XL cannot be read")
+    return weights, differences, dict(tokens)
+
+
+def _from_compvis(state: Mapping[str, Any]) -> dict[str, Any]:
+    rows = state.get("embed", [])
+    names = {name: _parameter_of_compvis(name) for name in state if name != "embed"}
+    if isinstance(rows, Tensor) and rows.dim() == 1:
+        rows = rows.unsqueeze(0)
+    return {
+        "unet": {parameter: state[name] for name, parameter in names.items()},
+        # Their code names the tokens by position.
+        "modifier_token": {f"<new{number}>": row.clone() for number, row in enumerate(rows, 1)},
+    }
+
+
+def to_delta(
+    attention: Mapping[str, Tensor],
+    tokens: Mapping[str, Tensor],
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The content of a ``delta.bin``.
+
+    Args:
+        attention, tokens: as in :class:`concept.Concept`.
+        factors: for some keys the low-rank factors (u, v) of the difference, as the authors' compress.py stores them.
+    """
+    unet: dict[str, Any] = {}
+    for key, weight in attention.items():
+        if factors and key in factors:
+            u, v = factors[key]
+            unet[parameter_name(key)] = {"u": u.clone(), "v": v.clone()}
+        else:
+            unet[parameter_name(key)] = weight.detach().to("cpu", copy=True)
+    return {"unet": unet, "modifier_token": {token: vector.detach().clone() for token, vector in tokens.items()}}
+
+
+def to_lora(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A LoRA in kohya-ss' naming: ``lora_unet_..._attn2_to_k.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
+
+    Args:
+        factors: key to (u, v) of shapes (out, rank) and (rank, in) with u @ v the difference; equal norms on both
+            sides keep half precision from underflowing.
+        dtype: type to store the factors in.
+    """
+    # Programs multiply by alpha / rank. One alpha for all layers, with the rest in the factors: diffusers (0.42) drops
+    # alphas that differ between layers, with a warning only, and scales those layers wrongly.
+    alpha = float(max((len(v) for _, v in factors.values()), default=1))
+    tensors = {}
+    for key, (u, v) in factors.items():
+        name = "lora_unet_" + parameter_name(key).removesuffix(".weight").replace(".", "_")
+        scale = (len(v) / alpha) ** 0.5
+        tensors[f"{name}.lora_down.weight"] = (v * scale).to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = (u * scale).to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def to_embedding(vector: Tensor) -> dict[str, Tensor]:
+    """An embedding file of one word: a single tensor ``emb_params`` of shape (1, width).
+
+    AUTOMATIC1111 wants exactly one tensor in the file; ComfyUI takes ``clip_l`` or else the first tensor, and
+    InvokeAI and kohya-ss know ``emb_params``: this is the form that all of them read.
+    """
+    return {"emb_params": vector.detach().to("cpu", torch.float32, copy=True).unsqueeze(0)}

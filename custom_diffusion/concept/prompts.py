@@ -1,0 +1,37 @@
+"""The words of a concept's prompts: its class, its size, and another concept beside it."""
+
+from __future__ import annotations
+
+import re
+
+from custom_diffusion.concept.files import Concept
+
+# Before the prompts of images that the augmentation made much smaller, or larger (paper, appendix; the example).
+SMALL_WORDS = ("a far away ", "very small ")
+
+
+LARGE_WORDS = ("zoomed in ", "close up ")
+
+
+def class_words(concept: Concept) -> dict[str, str]:
+    """Modifier token to the words that follow it in the instance prompts of the card: its class, ``cat``.
+
+    Tokens that no prompt of the card has are left out.
+    """
+    words = {}
+    for token in concept.tokens:
+        match = re.search(re.escape(token) + r"\s+([^,.;:!?<]+)", concept.instance_prompt or "")
+        if match is not None:
+            words[token] = match[1].strip()
+    return words
+
+
+def side_by_side(left: str, right: str) -> str:
+    """A prompt for two images beside each other: that they are a "photo of" something is said once.
+
+    "photo of a <new1> cat" and "photo of a <new2> plant" give "photo of a <new1> cat next to a <new2> plant".
+    """
+    opening = re.match(r"(an? )?\w+ of ", right)
+    if opening and left.startswith(opening[0]):
+        right = right.removeprefix(opening[0])
+    return f"{left} next to {right}"

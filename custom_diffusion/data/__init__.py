@@ -1,0 +1,1 @@
+"""What a run trains on: concepts, captions, images, and what is computed of them ahead."""

@@ -1,0 +1,271 @@
+"""What is computed once rather than at every step: the posteriors of images, and the text features of captions.
+
+What a run will draw is known before it starts (see :meth:`data.CustomDiffusionDataset.draw`), so nothing is encoded
+that no step will see, and nothing twice: encoding ahead never costs more than encoding at every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from custom_diffusion.data.dataset import CustomDiffusionDataset, View
+from custom_diffusion.files import remove_half_written, write_whole
+from custom_diffusion.models.families import Conditioning
+
+logger = logging.getLogger("custom_diffusion")
+
+PIXELS_AT_ONCE = 8 * 512**2  # encoded together on a GPU
+
+
+CAPTIONS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
+    """What the VAE makes of images, before anything is drawn from it.
+
+    On a CPU one image follows the other: sums then have the same order in every batch, so that an image's values
+    are the same to the bit whenever it is encoded, and it is no slower (benchmarks/README.md).
+
+    Args:
+        pixel_values: (N, 3, H, W) in [-1, 1], on the VAE's device. Where W is a multiple of H, these are squares
+            beside each other, and none of them is seen in the posterior of another.
+
+    Returns:
+        Mean and standard deviation of the posterior, (N, 2, C, h, w) in the VAE's type.
+    """
+    squares = torch.cat(pixel_values.split(pixel_values.shape[2], dim=3))
+    batches = squares.split(1) if squares.device.type == "cpu" else [squares]
+    posteriors = [vae.encode(batch.to(vae.dtype)).latent_dist for batch in batches]
+    encoded = torch.cat([torch.stack([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+    return torch.cat(encoded.split(len(pixel_values)), dim=-1)
+
+
+def sample_latents(posterior: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Draw from posteriors (N, 2, C, h, w) with the given noise (N, C, h, w): scaled latents (N, C, h, w), float32."""
+    mean, std = posterior.float().unbind(1)
+    return (mean + std * noise) * scaling_factor
+
+
+def encode_images(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+    num_workers: int = 0,
+) -> None:
+    """Encode what these items of the stream show, and leave the posteriors with the dataset.
+
+    Args:
+        vae, accelerator, folder, num_workers: see :func:`encode_views`.
+    """
+    started = time.perf_counter()
+    views, _ = dataset.drawn(positions)
+    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, num_workers)
+    drawn = len(positions) * (2 if dataset.class_images else 1)
+    logger.info(
+        f"{len(views)} encoded images for the {drawn} that the steps will draw, in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+
+
+class _Rendered(Dataset):
+    """The pixels of views, for data workers."""
+
+    def __init__(self, dataset: CustomDiffusionDataset, views: Sequence[View]) -> None:
+        self.dataset = dataset
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.dataset.render(self.views[index])
+
+
+def encode_views(
+    dataset: CustomDiffusionDataset,
+    views: Sequence[View],
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+    num_workers: int = 0,
+) -> dict[View, Tensor]:
+    """Encode every view once; several processes share the work, and each ends with all of them.
+
+    Args:
+        dataset: renders the views.
+        vae: on the accelerator's device, in the type to encode in.
+        folder: where posteriors are kept as they are made, and found again by a later run. A file that is damaged
+            is made anew, and one of another image, view, VAE or type has another name.
+        num_workers: processes that load the images.
+
+    Returns:
+        View to posterior (2, C, h, w), on the CPU.
+    """
+    views = sorted(views, key=lambda view: view.path)
+    posteriors: dict[View, Tensor] = {}
+    paths: dict[View, Path] = {}
+    if folder is not None:
+        if accelerator.is_main_process:
+            folder.mkdir(exist_ok=True)
+            remove_half_written(folder)
+        accelerator.wait_for_everyone()
+        paths = {view: folder / f"{name}.safetensors" for view, name in _names(dataset, views, vae).items()}
+        for view, path in paths.items():
+            posterior = read_posterior(path)
+            if posterior is not None:
+                posteriors[view] = posterior
+    mine = [number for number, view in enumerate(views) if view not in posteriors]
+    # What one process lacks, all make: they need not see the same disk.
+    lacking = [views[number] for number in sorted(set(gather_object(mine)))]
+    if not lacking:
+        return posteriors
+
+    share = lacking[accelerator.process_index :: accelerator.num_processes]
+    at_once = 1 if accelerator.device.type == "cpu" else max(1, PIXELS_AT_ONCE // dataset.size**2)
+    loader = DataLoader(_Rendered(dataset, share), batch_size=at_once, num_workers=num_workers)
+    encoded: list[Tensor] = []
+    bar = partial(tqdm, desc="Encoding images", unit="image", disable=not accelerator.is_local_main_process)
+    with bar(total=len(lacking)) as progress:
+        for pixel_values in loader:
+            for posterior in encode_posterior(vae, pixel_values.to(accelerator.device)).cpu():
+                if paths:
+                    write_posterior(paths[share[len(encoded)]], posterior)
+                encoded.append(posterior)
+            progress.update(min(len(pixel_values) * accelerator.num_processes, len(lacking) - progress.n))
+    return posteriors | dict(zip(lacking, _exchange(encoded, len(lacking), dataset, vae, accelerator), strict=True))
+
+
+def _exchange(
+    encoded: list[Tensor], count: int, dataset: CustomDiffusionDataset, vae: AutoencoderKL, accelerator: Accelerator
+) -> Tensor:
+    """What all processes have encoded, in the order in which it was dealt out to them."""
+    if accelerator.num_processes == 1:
+        return torch.stack(encoded)
+    each = -(-count // accelerator.num_processes)
+    shape = (2, vae.config.latent_channels, dataset.mask_size, dataset.mask_size)
+    mine = torch.zeros(each, *shape, dtype=vae.dtype)
+    for number, posterior in enumerate(encoded):
+        mine[number] = posterior
+    # As bytes: not every backend knows every type.
+    everyone = accelerator.gather(mine.view(torch.uint8).to(accelerator.device)).cpu().view(vae.dtype)
+    return everyone.view(accelerator.num_processes, each, *shape).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: AutoencoderKL) -> dict[View, str]:
+    """A name for each view's posterior that differs wherever the posterior may."""
+    digest = hashlib.sha256()
+    # The weights are in the type that they compute in.
+    for tensor in [*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()]:
+        digest.update(_bytes(tensor))
+    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    shared = [digest.hexdigest(), settings, vae.device.type, dataset.size]
+    shared += [torch.__version__, diffusers.__version__]
+
+    @cache
+    def digest_of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def name(view: View) -> str:
+        parts = [*shared, digest_of(view.path), view.flip, view.scale, view.top, view.left]
+        smaller = view.scale is not None and view.scale < dataset.size
+        canvas = [dataset.padding_mode] if smaller and dataset.padding_mode != "constant" else []
+        return hashlib.sha256(json.dumps([*parts, *canvas]).encode()).hexdigest()
+
+    return {view: name(view) for view in views}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def write_posterior(path: Path, posterior: Tensor) -> None:
+    """Keep a posterior with its checksum, whole or not at all."""
+    checksum = torch.frombuffer(bytearray(hashlib.sha256(_bytes(posterior)).digest()), dtype=torch.uint8)
+    content = save({"posterior": posterior.contiguous(), "sha256": checksum})
+    write_whole(path, lambda file: file.write(content))
+
+
+def read_posterior(path: Path) -> Tensor | None:
+    """What :func:`write_posterior` has kept; None where there is nothing, or something else than was written."""
+    try:
+        content = load(path.read_bytes())
+        posterior, checksum = content["posterior"], content["sha256"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return posterior if _bytes(checksum) == hashlib.sha256(_bytes(posterior)).digest() else None
+
+
+def encode_texts(
+    dataset: CustomDiffusionDataset,
+    positions: range,
+    encode_prompts: Callable[[dict[str, Tensor]], Conditioning],
+    modifier_ids: Mapping[str, Sequence[int]],
+    device: torch.device,
+) -> None:
+    """Encode the captions among these items that hold nothing to learn, and leave the conditioning with the dataset.
+
+    Args:
+        encode_prompts: see :func:`encode_captions`.
+        modifier_ids: per text encoder those of the modifier tokens, behind the whole vocabulary.
+    """
+
+    def learns(caption: str) -> bool:
+        ids = dataset.tokenize(caption)
+        return any(bool(ids[name].max() >= min(new)) for name, new in modifier_ids.items() if new)
+
+    _, prompts = dataset.drawn(positions)
+    for kind, captions in prompts.items():
+        # All of a kind or none, so that a batch always has the same shape.
+        if captions and not any(map(learns, captions)):
+            dataset.conditioning[kind] = encode_captions(encode_prompts, dataset, captions, device)
+
+
+@torch.no_grad()
+def encode_captions(
+    encode_prompts: Callable[[dict[str, Tensor]], Conditioning],
+    dataset: CustomDiffusionDataset,
+    captions: Sequence[str],
+    device: torch.device,
+) -> dict[str, Conditioning]:
+    """The conditioning of captions that have nothing to learn.
+
+    Args:
+        encode_prompts: ids per text encoder, (N, length) on ``device``, to the conditioning of N captions.
+        dataset: tokenises the captions.
+        captions: all different.
+
+    Returns:
+        Caption to its conditioning, tensors without the dimension of the captions, on the CPU.
+    """
+    # One at a time on a CPU, as images are.
+    at_once = 1 if device.type == "cpu" else CAPTIONS_AT_ONCE
+    encoded: dict[str, Conditioning] = {}
+    for first in range(0, len(captions), at_once):
+        batch = captions[first : first + at_once]
+        ids = [dataset.tokenize(caption) for caption in batch]
+        input_ids = {name: torch.stack([one[name] for one in ids]).to(device) for name in ids[0]}
+        conditioning = {name: tensor.cpu() for name, tensor in encode_prompts(input_ids).items()}
+        for number, caption in enumerate(batch):
+            encoded[caption] = {name: tensor[number] for name, tensor in conditioning.items()}
+    return encoded

@@ -1,0 +1,93 @@
+"""Files that exist whole or not at all, and the folders that hold them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from custom_diffusion.errors import UserError
+
+_HALF_WRITTEN = (".half-written-", ".tmp")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def has_hub_form(name: str) -> bool:
+    """Whether a name has the form of a Hub repository, ``owner/name``."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub repository and is no local file or folder."""
+    return has_hub_form(name) and not Path(name).exists()
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """The folder of ``--output_dir``, made if it is not there.
+
+    Raises:
+        UserError: where it cannot be made or written to, before hours are spent on what cannot be saved.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {str(path)!r} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {str(path)!r} cannot be written to")
+    return folder
+
+
+def new_folder(path: str | os.PathLike) -> Path:
+    """The folder of ``--output_dir`` for a result that replaces nothing.
+
+    Raises:
+        UserError: where it cannot be made or written to, or holds something.
+    """
+    folder = output_folder(path)
+    occupied = next(folder.iterdir(), None)
+    if occupied is not None:
+        raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
+    return folder
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that it exists whole or not at all: a temporary name, flushed to disk, then renamed.
+
+    Args:
+        path: the file to write; what was there stays until the new content is complete.
+        write: called with the open binary file.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            # mkstemp makes private files; a result follows the user's umask like any other.
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what :func:`write_whole` has left in a folder where the process was killed."""
+    for path in folder.glob(f"{_HALF_WRITTEN[0]}*{_HALF_WRITTEN[1]}"):
+        path.unlink(missing_ok=True)

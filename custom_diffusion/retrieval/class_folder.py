@@ -1,0 +1,243 @@
+"""The images of one class: checking an image before it counts, and keeping it on disk so that nothing gets lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import write_whole
+from custom_diffusion.images import contact_sheet, load_image, write_image
+from custom_diffusion.retrieval.checking import NEAR_DUPLICATE_BITS, CheckedImage, fingerprint
+from custom_diffusion.retrieval.sources import Candidate
+from custom_diffusion.text import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder are not kept apart
+    fcntl = None
+
+
+class ClassFolder:
+    """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
+
+    ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
+    that goes on starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
+    under a hidden name first, then its line, and then it gets its name: whenever a run is killed, the next one knows
+    what to finish.
+
+    Args:
+        path: the folder; made if it is not there.
+        class_prompt: what the images show.
+
+    Raises:
+        UserError: where the folder cannot be used, holds another class, or what no list names.
+    """
+
+    LISTS = ("caption.txt", "urls.txt", "images.txt")
+
+    def __init__(self, path: Path, class_prompt: str) -> None:
+        self.path = path
+        self.class_prompt = class_prompt
+        self.images_path = path / "images"
+        self._made = [folder for folder in (self.images_path, path, *path.parents) if not folder.exists()]
+        try:
+            self.images_path.mkdir(parents=True, exist_ok=True)
+            self._journal = (path / "sources.jsonl").open("a+b", buffering=0)
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be written to: {error.strerror} (class_data_dir)") from error
+        self._lock()
+        try:
+            self.records = self._read()
+            self._finish_interrupted()
+            if not self.records:
+                self._adopt()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The records whose images are there: what a user has deleted stays known, so that it does not come back."""
+        return [record for record in self.records if self._image(record).is_file()]
+
+    def image_paths(self) -> list[Path]:
+        """The images, in the order of the lists."""
+        return [self._image(record) for record in self.kept()]
+
+    def _image(self, record: dict[str, Any]) -> Path:
+        return self.images_path / record["file"]
+
+    def has_near_duplicate(self, image: CheckedImage) -> bool:
+        """Whether an image like this one was taken before."""
+        return any(
+            (image.fingerprint ^ int(record["fingerprint"], 16)).bit_count() <= NEAR_DUPLICATE_BITS
+            for record in self.records
+        )
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def add(self, image: CheckedImage, candidate: Candidate) -> None:
+        """Take an image in."""
+        record = {
+            "file": f"{self._free_number()}.jpg",
+            "caption": one_line(candidate.caption) or self.class_prompt,
+            "url": one_line(candidate.origin),
+            "class_prompt": self.class_prompt,
+            "fingerprint": f"{image.fingerprint:064x}",
+        }
+        hidden = self._hidden(record)
+        with hidden.open("wb") as file:
+            file.write(image.jpeg)
+            file.flush()
+            os.fsync(file.fileno())
+        self._write(_as_line(record | candidate.credit))
+        self.records.append(record)
+        hidden.rename(self._image(record))
+
+    def _write(self, lines: bytes) -> None:
+        # In one piece, so that a killed run leaves no more than the last line incomplete.
+        if self._journal.write(lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _hidden(self, record: dict[str, Any]) -> Path:
+        return self.images_path / f".{record['file']}.part"
+
+    def _free_number(self) -> int:
+        number = 1 + max((int(record["file"].partition(".")[0]) for record in self.records), default=-1)
+        while (self.images_path / f"{number}.jpg").exists():
+            number += 1
+        return number
+
+    def write_lists(self) -> None:
+        """Bring the lists up to date; those that are up to date are not touched."""
+        records = self.kept()
+        lines = {
+            "caption.txt": [record["caption"] for record in records],
+            "urls.txt": [record["url"] for record in records],
+            "images.txt": [self._image(record).as_posix() for record in records],
+        }
+        for name in self.LISTS:
+            content = "".join(f"{line}\n" for line in lines[name]).encode()
+            path = self.path / name
+            if not path.is_file() or path.read_bytes() != content:
+                write_whole(path, lambda file, content=content: file.write(content))
+
+    def write_contact_sheet(self, columns: int = 10, most: int = 400) -> Path:
+        """All images (or the first ones of very many) small on one."""
+        paths = self.image_paths()[:most]
+        rows = [paths[start : start + columns] for start in range(0, len(paths), columns)]
+        write_image(self.path / "contact_sheet.jpg", contact_sheet(rows, side=128), "JPEG", quality=95)
+        return self.path / "contact_sheet.jpg"
+
+    def close(self) -> None:
+        """Let others use the folder; one that this run has made and left empty goes."""
+        is_empty = self._journal.seek(0, os.SEEK_END) == 0
+        if is_empty:
+            (self.path / "sources.jsonl").unlink(missing_ok=True)
+        self._journal.close()
+        for folder in self._made if is_empty else ():
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Only closed: what is in the folder, even an empty file, is the other run's.
+            self._journal.close()
+            raise UserError(f"another run is filling {str(self.path)!r}: wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self) -> list[dict[str, Any]]:
+        self._journal.seek(0)
+        content = self._journal.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if _is_json(content[len(whole) :]):
+            # A text editor's last line.
+            self._journal.write(b"\n")
+            whole = content + b"\n"
+        elif len(whole) < len(content):
+            # What a killed run has not finished writing; its image still has its hidden name.
+            self._journal.truncate(len(whole))
+        records = []
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                is_whole = all(isinstance(record[name], str) for name in ("file", "caption", "url", "class_prompt"))
+                int(record["fingerprint"], 16)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_whole = False
+            if not is_whole or not re.fullmatch(r"\d{1,9}\.\w{1,5}", record["file"]):
+                raise UserError(
+                    f"{str(self.path / 'sources.jsonl')!r}, line {number} is broken: remove that line, or use another "
+                    "--class_data_dir"
+                )
+            if record["class_prompt"] != self.class_prompt:
+                raise UserError(
+                    f"{str(self.path)!r} holds images of {record['class_prompt']!r}: give another --class_data_dir for "
+                    f"{self.class_prompt!r}"
+                )
+            records.append(record)
+        return records
+
+    def _finish_interrupted(self) -> None:
+        for record in self.records:
+            if self._hidden(record).is_file() and not self._image(record).exists():
+                self._hidden(record).rename(self._image(record))
+        for leftover in (*self.images_path.glob(".*.part"), *self.path.glob(".*.tmp")):
+            leftover.unlink()
+
+    def _adopt(self) -> None:
+        """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""
+        present = [self.path / name for name in self.LISTS if (self.path / name).is_file()]
+        images = [path for path in self.images_path.iterdir() if not path.name.startswith(".")]
+        if not present and not images:
+            return
+        lines = [path.read_text("utf-8", "replace").removesuffix("\n").split("\n") for path in present]
+        if len(present) < len(self.LISTS) or len({len(entries) for entries in lines}) > 1:
+            raise UserError(
+                f"{str(self.path)!r} holds images whose lists ({', '.join(self.LISTS)}) are missing or do not belong "
+                "together: give another --class_data_dir, or empty this one"
+            )
+        for caption, url, image in zip(*lines, strict=True):
+            path = self.images_path / Path(image.strip()).name
+            if not re.fullmatch(r"\d{1,9}\.\w{1,5}", path.name) or not path.is_file():
+                continue
+            try:
+                mark = fingerprint(load_image(path))
+            except Exception:  # the example keeps whatever a server has sent
+                continue
+            self.records.append(
+                {
+                    "file": path.name,
+                    "caption": one_line(caption) or self.class_prompt,
+                    "url": one_line(url),
+                    "class_prompt": self.class_prompt,
+                    "fingerprint": f"{mark:064x}",
+                }
+            )
+        self._write(b"".join(map(_as_line, self.records)))
+
+
+def _as_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=True).encode() + b"\n"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        return bool(json.loads(text))
+    except ValueError:
+        return False

@@ -1,0 +1,16 @@
+"""Text from elsewhere, made fit for one line of a message or a file."""
+
+from __future__ import annotations
+
+_JOINERS = "\u200c\u200d"
+
+
+def one_line(text: str) -> str:
+    """The text on one line, without anything that cannot be printed or written."""
+    # Persian and emoji need the two joiners, which count as not printable.
+    return " ".join("".join(letter if letter.isprintable() or letter in _JOINERS else " " for letter in text).split())
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line: the first that is not blank, or else the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Training: tokens, attention, objective, and what keeps a run safe."""

@@ -1,0 +1,184 @@
+"""The training objective: text encoder, UNet and the loss on their prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from custom_diffusion.concept.files import Concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.machine import release_pages
+from custom_diffusion.training.attention import CustomDiffusionAttnProcessor, swap_attention_processors
+from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
+from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTokens
+
+
+def custom_diffusion_loss(
+    prediction: Tensor, target: Tensor, mask: Tensor, prior_loss_weight: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked loss on instance images plus weighted prior loss on class images.
+
+    Args:
+        prediction, target: (N, C, H, W), in any floating type. With prior preservation the second half are class
+            images.
+        mask: (N, 1, H, W), 1 where the loss of an instance image counts. Each image's loss is the sum over the
+            masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
+            instance image counts C times as much as the mean over its latents.
+        prior_loss_weight: None without prior preservation.
+
+    Returns:
+        The loss to minimise, the instance loss and the prior loss (0 without prior), float32 scalars.
+    """
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if prior_loss_weight is None:
+        instance_error, prior_loss = error, error.new_zeros(())
+    else:
+        instance_error, prior_error = error.chunk(2)
+        mask = mask.chunk(2)[0]
+        prior_loss = prior_error.mean()
+    instance_loss = ((instance_error * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+    return instance_loss + (prior_loss_weight or 0.0) * prior_loss, instance_loss, prior_loss
+
+
+class CustomDiffusion(nn.Module):
+    """Text encoder and UNet with what is trained in them; its forward pass is the training objective.
+
+    It is one module so that DistributedDataParallel, gradient accumulation and compilation see all of it: the
+    example wraps only a holder of the processors, and its processes drift apart.
+
+    Args:
+        text_encoder, unet: in full precision; both are frozen here.
+        noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
+        modifier_tokens: see :func:`add_modifier_tokens`.
+        train_q_out, use_xformers: see :class:`CustomDiffusionAttnProcessor`.
+        prior_loss_weight: None without prior preservation.
+    """
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        modifier_tokens: ModifierTokens,
+        train_q_out: bool = False,
+        use_xformers: bool = False,
+        prior_loss_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder.requires_grad_(False)
+        self.unet = unet.requires_grad_(False)
+        self.noise_scheduler = noise_scheduler
+        self.modifier_tokens = modifier_tokens
+        self.prior_loss_weight = prior_loss_weight
+        if modifier_tokens.tokens:
+            table = text_encoder.get_input_embeddings()
+            rows = table.weight.detach()[modifier_tokens.initializer_ids].float().clone()
+            text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[0], rows))
+        swap_attention_processors(unet, train_q_out, use_xformers)
+        keep_less(unet)
+        self.predict: Callable = unet.forward
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def cast_frozen(self, dtype: torch.dtype, channels_last: bool = False) -> None:
+        """Hold all that is not trained in ``dtype``; what is trained stays float32.
+
+        Args:
+            channels_last: lay the weights of convolutions out as tensor cores want them.
+        """
+        for parameter in self.parameters():
+            if not parameter.requires_grad and parameter.dtype != dtype:
+                original = parameter.data
+                layout = torch.channels_last if channels_last and original.ndim == 4 else torch.preserve_format
+                parameter.data = original.to(dtype, memory_format=layout)
+                release_pages(original)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass rather than keep them."""
+        self.unet.enable_gradient_checkpointing()
+        self._recompute_text()
+
+    def recompute_cheaply(self, latent_size: int) -> None:
+        """Compute again, of activations that take much memory, those that take little time."""
+        if recompute_wide_layers(self.unet, latent_size):
+            self._recompute_text()
+
+    def _recompute_text(self) -> None:
+        if self.modifier_tokens.tokens:
+            # transformers renames it; the older versions that we support know only the older name.
+            enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
+            (enable or self.text_encoder.gradient_checkpointing_enable)()
+
+    def compile_unet(self, **options: Any) -> None:
+        """Let ``torch.compile`` (``options``) do the UNet's part; images are made with the UNet as it is."""
+        self.predict = torch.compile(self.unet.forward, **options)
+
+    def encode_prompts(self, input_ids: Tensor) -> Tensor:
+        """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.modifier_tokens.tokens)):
+            return self.text_encoder(input_ids)[0]
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        mask: Tensor,
+        input_ids: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of :func:`custom_diffusion_loss` for one batch.
+
+        Args:
+            latents, noise: (N, C, H, W), float32; latents already scaled by the VAE's factor.
+            timesteps: (N,).
+            mask: (N, 1, H, W).
+            input_ids: (M, length), the captions of the first M; None where M is 0.
+            text_features: (N - M, length, text width), those of the others; None where there are none.
+        """
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = noise
+        encoded = [] if input_ids is None else [self.encode_prompts(input_ids)]
+        encoded += [] if text_features is None else [text_features]
+        prediction = self.predict(noisy_latents.to(self.unet.dtype), timesteps, torch.cat(encoded)).sample
+        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
+
+    def learned(self, base_model: str) -> Concept:
+        """What was learned so far, as :mod:`concept` stores it."""
+        attention = {
+            f"{name}.{key}": value
+            for name, processor in self.unet.attn_processors.items()
+            if isinstance(processor, CustomDiffusionAttnProcessor)
+            for key, value in processor.state_dict().items()
+        }
+        names = self.modifier_tokens.tokens
+        rows = self.text_encoder.get_input_embeddings().rows.weight.detach() if names else []
+        return Concept(attention, dict(zip(names, rows, strict=True)), base_model)
+
+    @torch.no_grad()
+    def restore(self, concept: Concept) -> None:
+        """Go on from what :meth:`learned` gave.
+
+        Raises:
+            UserError: where the concept does not have the same tokens and projections.
+        """
+        current = self.learned(base_model="")
+        stored = concept.attention | concept.tokens
+        for name, value in (current.attention | current.tokens).items():
+            if name not in stored or stored[name].shape != value.shape:
+                raise UserError(
+                    f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
+                    "--modifier_token and --freeze_model"
+                )
+            value.copy_(stored[name])

@@ -1,0 +1,163 @@
+"""From nothing to the base model: render the emoji, train VAE, text encoder, UNet and decoder, score, install.
+
+`make base` runs this. Every stage is restartable: what a stopped run has trained is taken up again. With `--short`
+every stage runs for a few steps, which proves that it runs and leaves `base/` as it is.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from custom_diffusion.errors import UserError
+from custom_diffusion.training.checkpoints import SETTINGS_NAME, check_settings, write_settings
+from tools.base import train_text_encoder, train_unet, train_vae, world
+from tools.base.emoji import load_icons
+from tools.base.progress import device
+from tools.base.score import generated, scores
+
+# Steps of VAE, text encoder, UNet and decoder, and how many images each kind of pool holds.
+FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
+SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
+LOGS = {
+    "VAE, squared error": ("vae", "squared_error"),
+    "text encoder, attributes": ("text", "attributes"),
+    "UNet, velocity": ("unet", "loss"),
+    "decoder, squared error": ("vae/decoder", "squared_error"),
+}
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def assemble(work: Path, folder: Path) -> None:
+    """Write the trained parts in `work` as one pipeline into `folder`, in fp16 and Stable Diffusion's layout."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer_files = work / "text" / "tokenizer"
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae" / "trained"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text" / "trained"),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_files),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "trained"),
+        scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder)
+    # transformers loads in the type that the configuration names, diffusers in float32 where none is asked for.
+    # Where the parts lay on the machine that trained them is nobody's business.
+    for part, more in {"text_encoder": {"dtype": "float32"}, "vae": {}, "unet": {}}.items():
+        config_file = folder / part / "config.json"
+        config = json.loads(config_file.read_text()) | more
+        config.pop("_name_or_path", None)
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+    # The files that Stable Diffusion's repositories have, rather than the one that save_pretrained writes today.
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(tokenizer_files, folder / "tokenizer")
+
+
+def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
+    """An image of every noun, made by the model in `folder`, fourteen to a row."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed)
+    sheet = Image.new("RGB", (14 * 66, -(-len(images) // 14) * 66), "white")
+    for index, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (index % 14 * 66 + 1, index // 14 * 66 + 1))
+    sheet.save(file)
+
+
+def loss_curves(work: Path, file: Path) -> None:
+    """One plot per training, of its first logged loss over its steps; none where nothing was trained."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise RuntimeError("the loss curves are drawn by matplotlib: pip install -r requirements-base.txt") from error
+
+    # What was taken over from another model has no log.
+    logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
+    if not logs:
+        return
+    figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.6), layout="constrained", squeeze=False)
+    for axis, (title, (folder, name)) in zip(axes[0], logs.items(), strict=True):
+        lines = [json.loads(line) for line in (work / folder / "log.jsonl").read_text().splitlines()]
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines])
+        axis.set(title=title, xlabel="step", yscale="log")
+    figure.savefig(file, dpi=80)
+
+
+def main() -> None:
+    """Run what is missing of all stages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
+    parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
+    parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
+    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
+    parser.add_argument(
+        "--mean", type=Path, nargs="+", metavar="MODEL", help="Keep all of the first, with the mean of all their UNets."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet, as --mean needs them.")
+    parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
+    arguments = parser.parse_args()
+    if sum(map(bool, (arguments.teacher, arguments.further, arguments.mean))) > 1:
+        parser.error("--teacher is for a UNet with a new text encoder, --further and --mean for its own: give one")
+    for model in (arguments.teacher, arguments.further, *(arguments.mean or ())):
+        if model and not (model / "vae").is_dir():
+            parser.error(f"{str(model)!r} is no folder of a model such as base/")
+    former = arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    budget, work = SHORT if arguments.short else FULL, arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    # The finished stages of a run with other flags would be taken for those asked for now.
+    flags = {name: str(value) for name, value in vars(arguments).items() if name not in ("work", "threads")}
+    check_settings(flags, work / SETTINGS_NAME, "give another --work, or remove it")
+    write_settings(flags, work)
+    known = frozenset(name for names in world.NOUNS.values() for name in names)
+    # The VAE alone learns from drawings of other things too.
+    icons = load_icons(work, only=known if arguments.short or former else None)
+    if former and not (work / "vae").exists():
+        # The same for both stages: its decoder is refined already.
+        for stage in ("first", "trained"):
+            shutil.copytree(former / "vae", work / "vae" / stage)
+    if (arguments.further or arguments.mean) and not (work / "text").exists():
+        shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
+        shutil.copytree(former / "text_encoder", work / "text" / "trained")
+    if not (work / "vae" / "first").exists():
+        train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
+    if not (work / "text" / "trained").exists():
+        train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
+    if arguments.mean and not (work / "unet" / "trained").exists():
+        train_unet.mean_of(arguments.mean, work / "unet")
+    if not (work / "unet" / "trained").exists():
+        teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
+        start = former / "unet" if arguments.further else None
+        pool, steps = budget["pool"], budget["unet"] // (4 if former else 1)
+        inputs = icons, work / "vae", work / "text"
+        train_unet.train(*inputs, work / "unet", steps, pool=pool, teacher=teacher, start=start, seed=arguments.seed)
+    if not (work / "vae" / "trained").exists():
+        train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
+    model = work / "model"
+    assemble(work, model)
+    sample_sheet(model, work / "samples.png")
+    loss_curves(work, work / "losses.png")
+    for name, value in scores(model, icons, each=1 if arguments.short else 16, seed=1000).items():
+        print(name, value)
+    if not arguments.short:
+        for part in PARTS:
+            shutil.rmtree(Path("base") / part, ignore_errors=True)
+            shutil.copytree(model / part, Path("base") / part)
+        shutil.copy(model / "model_index.json", "base/model_index.json")
+        for image in filter(Path.exists, (work / "samples.png", work / "losses.png")):
+            shutil.copy(image, Path("base"))
+    print(f"the model is in {model if arguments.short else 'base'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, UserError) as error:
+        raise SystemExit(f"error: {error}") from error

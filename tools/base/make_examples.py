@@ -1,0 +1,98 @@
+"""The images of `examples/`: concepts that the base model has never seen, drawn from the held-out designs.
+
+`python -m base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
+captions, as real class images for `retrieve.py --path`, `examples/captions.txt` with captions of all that it knows, for
+`merge.py --captions`, and into `tests/designs/` the drawings that learning is scored against.
+"""
+
+import argparse
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.base import world
+from tools.base.emoji import SETS, fetch, load_icons, package_file, read_set, render
+
+SIZE = 256
+# Five expressions of noto's cat to learn from; the other five are kept for scoring (tests/designs). Those to learn from
+# are unlike each other, tears and heart-shaped eyes included, as anyone would choose images of one thing.
+CAT = ("cat-face", "grinning-cat", "crying-cat", "kissing-cat", "smiling-cat-with-heart-eyes")
+PLANT = ("potted-plant",) * 5
+# The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
+SCORED = ("cat", "plant", "dog")
+# Of every concept's class, as many real images as a training takes (400), and some for near-duplicates left out.
+CLASS_IMAGES = 420
+GROUNDS = ("blue", "white", "green", "purple", "grey")
+
+
+def drawn(icon: np.ndarray, ground: str, share: float, place: tuple[float, float], flip: bool) -> Image.Image:
+    """One RGB image of 256 px: `icon` (RGBA) on a plain colour, `share` of the side large, at `place` (0 to 1)."""
+    image = Image.new("RGB", (SIZE, SIZE), world.BACKGROUNDS[ground])
+    side = round(SIZE * share)
+    drawing = Image.fromarray(icon).resize((side, side), Image.Resampling.LANCZOS)
+    if flip:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image.paste(drawing, tuple(round(at * (SIZE - side)) for at in place), drawing)
+    return image
+
+
+def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
+    """A tar of `CLASS_IMAGES` images of every concept's class with captions, none of a held-out design."""
+    generator = np.random.default_rng(17)
+    known = {noun: world.designs(icons, noun) for noun in world.NOUNS}
+    # No times and no names of users in it: the same images give the same file.
+    with gzip.GzipFile(file, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+        for noun in ("cat", "plant"):
+            designs = world.designs(icons, noun)
+            for number in range(CLASS_IMAGES):
+                design = designs[number % len(designs)]
+                # A third of them in scenes, at all sizes, beside other things: what is not shown here may be forgotten.
+                if number % 3:
+                    example = world.simple_example(icons, noun, design, generator)
+                else:
+                    example = world.wide_example(icons, noun, design, generator, known)
+                image = io.BytesIO()
+                Image.fromarray(example.image).save(image, "JPEG", quality=92)
+                for ending, content in (("jpg", image.getvalue()), ("txt", example.caption.encode())):
+                    member = tarfile.TarInfo(f"{noun}-{number:03d}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def main() -> None:
+    """Write `examples/cat` and `examples/plant`, their classes' images, and the drawings that tests need."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where the emoji are kept.")
+    parser.add_argument("--output_dir", type=Path, default=Path("examples"), help="Where the folders are made.")
+    parser.add_argument("--designs_dir", type=Path, default=Path("tests/designs"), help="Where drawings go.")
+    arguments = parser.parse_args()
+    fetch(arguments.work)
+    drawings = read_set(arguments.work / package_file("noto"))
+    for folder, names in {"cat": CAT, "plant": PLANT}.items():
+        (arguments.output_dir / folder).mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(len(folder))
+        for number, (name, ground) in enumerate(zip(names, GROUNDS, strict=True)):
+            place = tuple(generator.uniform(0.3, 0.7, 2))
+            icon = render(drawings[name], SIZE)
+            flip = bool(number % 2 and folder == "plant")
+            image = drawn(icon, ground, generator.uniform(0.8, 0.95), place, flip)
+            image.quantize(128).save(arguments.output_dir / folder / f"{number + 1}.png", optimize=True)
+    (arguments.output_dir / "captions.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
+    write_class_images(load_icons(arguments.work), arguments.output_dir / "drawings.tar.gz")
+    for name in SCORED:
+        for emoji_set in SETS:
+            drawings = read_set(arguments.work / package_file(emoji_set))
+            for icon_name in sorted(set(world.NOUNS[name]) & set(drawings)):
+                if emoji_set == "noto" and icon_name in CAT:
+                    continue
+                file = arguments.designs_dir / emoji_set / f"{icon_name}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(render(drawings[icon_name])).save(file, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

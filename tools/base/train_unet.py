@@ -1,0 +1,288 @@
+"""The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one.
+
+Or first towards what a finished model's UNet predicts, whose text encoder may be another: an hour instead of several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tools.base import world
+from tools.base.progress import Training, autocast, device
+from tools.base.tokenizer import LETTERS, RARE_ENTRIES
+from tools.base.train_text_encoder import OTHER_WORDS, TokenizedCaption, encoded, unknown_words
+from tools.base.train_vae import LATENT_CHANNELS, as_tensor
+
+BATCH_SIZE = 64
+# Share of captions left out, for guidance, and of those with unknown words before their nouns, which say nothing.
+UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
+# How often a noun has before it the word for the very drawing. Stable Diffusion knows names for all sorts of looks, and
+# a new word finds its place among them; these do the same here, also for two things beside each other.
+DESIGN_WORDS = 0.5
+# Share of the steps with a teacher's predictions as the aim, which say more than noisy images do; then the images.
+TAUGHT_SHARE = 0.75
+# Of so many batches in the wider world, one is of two things in images twice as wide.
+LANDSCAPE_EVERY = 2
+
+
+def new_unet(width: int) -> UNet2DConditionModel:
+    """7 M parameters, cross-attention at both levels (8x8 and 4x4), for text features of `width`."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(96, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=width,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule; velocity is predicted if not asked otherwise (Salimans and Ho 2022)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+@torch.no_grad()
+def encoded_images(
+    vae: AutoencoderKL, examples: list[world.Example], on: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the posterior of every image, fp16 (n, 24, 8, 8 or 16) each."""
+    parts = []
+    for start in tqdm(range(0, len(examples), 256), desc="Encoding images", mininterval=5):
+        images = np.stack([example.image for example in examples[start : start + 256]])
+        with autocast(on):
+            posterior = vae.encode(as_tensor(images, on)).latent_dist
+        parts.append((posterior.mean.half(), posterior.std.half()))
+    return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
+
+
+class Pool(NamedTuple):
+    """Images of one size, encoded, with their captions and the words of the designs in them."""
+
+    captions: list[TokenizedCaption]
+    names: list[list[int]]
+    means: torch.Tensor  # fp16 (n, 24, 8, 8 or 16), as are the deviations
+    deviations: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, examples: list[world.Example], tokenizer: CLIPTokenizer, word_of: dict[str, int], vae: AutoencoderKL
+    ) -> Self:
+        """All of `examples`, encoded where the VAE is; `word_of` has the words of their designs."""
+        captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
+        names = [[word_of[design] for design in example.designs] for example in examples]
+        return cls(captions, names, *encoded_images(vae, examples, vae.device))
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch, which has as many latents whatever their shape."""
+        return BATCH_SIZE * 8 // self.means.shape[-1]
+
+
+class Denoising(torch.nn.Module):
+    """The UNet's loss as one forward."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, velocity: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error of the prediction, of noisy latents (n, 24, h, w) and features (n, length, width)."""
+        return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), velocity)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished model's UNet and text encoder, on latents of the same VAE and ids of the same tokenizer."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+
+    @classmethod
+    def of(cls, model: Path, on: torch.device) -> Self:
+        """What `model`, a folder in diffusers' layout, has learned, frozen."""
+        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+        unet.to(on, memory_format=torch.channels_last)
+        return cls(unet.requires_grad_(False), text_encoder.to(on).requires_grad_(False))
+
+    @torch.no_grad()
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The velocity of noisy latents (n, 24, h, w), of captions' ids (n, length) without unknown words."""
+        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample.float()
+
+    @torch.no_grad()
+    def weights_for(
+        self, text_encoder: CLIPTextModel, captions: Sequence[TokenizedCaption], vocabulary: int
+    ) -> dict[str, torch.Tensor]:
+        """The UNet's weights, keys and values changed to read `text_encoder` instead of the teacher's.
+
+        By least squares over `captions`, each position's features give those that the teacher's encoder has there;
+        the last words of noun phrases and captions those of the ends, where CLIP's own way puts a caption's meaning.
+        """
+        on = self.unet.device
+        rows = [caption.ids(vocabulary) for caption in captions]
+        ids = torch.tensor([row[0] for row in rows], device=on)
+        present, former = (model(ids).last_hidden_state for model in (text_encoder, self.text_encoder))
+        nothing = torch.tensor([TokenizedCaption().ids(vocabulary)[0]], device=on)
+        ends = ids == vocabulary - 1
+        wanted = torch.where(ends[..., None], self.text_encoder(nothing).last_hidden_state, former)
+        for number, (row, _, nouns) in enumerate(rows):
+            end = row.index(vocabulary - 1)
+            wanted[number, [*nouns, end - 1]] = former[number, end]
+        present, wanted = present.flatten(0, 1).double(), wanted.flatten(0, 1).double()
+        ridge = 1e-4 * len(present) * torch.eye(present.shape[1], device=on)
+        change = torch.linalg.solve(present.T @ present + ridge, present.T @ wanted).T.float()
+        weights = self.unet.state_dict()
+        return {k: v @ change if "attn2.to_k" in k or "attn2.to_v" in k else v for k, v in weights.items()}
+
+
+def design_words(tokenizer: CLIPTokenizer, icons: dict[str, np.ndarray]) -> dict[str, int]:
+    """For each of `icons` (`set/icon`) that training shows, an entry of the vocabulary that stands for it.
+
+    These are pieces of words in which no caption is written, and from which no new word starts.
+    """
+    texts = [*world.words_of_the_world(), *OTHER_WORDS]
+    taken = {id for text in texts for id in tokenizer(text).input_ids}
+    taken |= set(tokenizer.convert_tokens_to_ids([*RARE_ENTRIES]))
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    spare = [id for entry, id in vocabulary if id >= LETTERS and not entry.endswith("</w>") and id not in taken]
+    designs = sorted({name for noun in world.NOUNS for name in world.designs(icons, noun)})
+    return dict(zip(designs, spare[-len(designs) :], strict=True))
+
+
+def caption_ids(
+    caption: TokenizedCaption, generator: np.random.Generator, vocabulary: int, row: int, names: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """MAX_LENGTH ids: sometimes of no caption at all, sometimes with the two unknown words of batch row `row`.
+
+    Else often with the words `names` of the designs that its noun phrases show. And the same without such words.
+    """
+    dice = generator.random()
+    if dice < UNCONDITIONAL:
+        caption = TokenizedCaption()
+    there = generator.random(2) < (0.7 if dice > 1 - UNKNOWN_WORDS else 0.0)
+    words = [vocabulary + 2 * row + n if here else None for n, here in enumerate(there)]
+    if names and dice <= 1 - UNKNOWN_WORDS:
+        words = [name if generator.random() < DESIGN_WORDS else None for name in names]
+    return caption.ids(vocabulary, words)[0], caption.ids(vocabulary)[0]
+
+
+def mean_of(models: Sequence[Path], folder: Path) -> None:
+    """`folder/trained` gets the mean of the weights of the UNets of `models`, `folder/scheduler` their schedule.
+
+    UNets that were trained on apart, from one that they have in common, predict better together than each: Wortsman et
+    al. 2022, "Model soups".
+
+    Raises:
+        RuntimeError: where a model has another VAE or text encoder than the first, whose UNet means other things.
+    """
+    first, *others = models
+    for other in others:
+        for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+            if (first / part).read_bytes() != (other / part).read_bytes():
+                raise RuntimeError(f"{str(other / part)!r} is not the one of {str(first)!r}: their UNets have no mean")
+    unets = [UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32) for model in models]
+    weights = [unet.state_dict() for unet in unets]
+    unets[0].load_state_dict({name: torch.stack([w[name] for w in weights]).mean(dim=0) for name in weights[0]})
+    unets[0].save_pretrained(folder / "trained")
+    DDIMScheduler.from_pretrained(first / "scheduler").save_pretrained(folder / "scheduler")
+
+
+def train(
+    icons: dict[str, np.ndarray],
+    vae_folder: Path,
+    text_folder: Path,
+    folder: Path,
+    steps: int,
+    easy_share: float = 0.25,
+    pool: int = 60_000,
+    teacher: Teacher | None = None,
+    start: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
+
+    For the first `easy_share` of the steps, images come from the easy world; then mostly from the wider one. With a
+    `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction. So too with the folder of
+    a UNet to `start` from, at a lower learning rate. Each `seed` has images, captions and noise of its own.
+    """
+    on = device()
+    # No two seeds share a draw: steps are far fewer.
+    shift = 1_000_000 * seed
+    torch.manual_seed(shift)
+    vae = AutoencoderKL.from_pretrained(vae_folder / "first").to(on, memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
+    scheduler = new_scheduler()
+    unet = new_unet(text_encoder.config.hidden_size).to(on, memory_format=torch.channels_last)
+    if teacher is not None:
+        some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
+        unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
+    if start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
+    word_of = design_words(tokenizer, icons)
+    objective = Denoising(unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    training = Training(folder, objective, optimizer, steps, average=0.999)
+    phase = None
+    for step in training:
+        if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
+            phase = now
+            # The easy world has fewer images that differ.
+            count, wide, pool_seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
+            made = [world.examples(icons, count, wide, pool_seed + shift)]
+            if phase == "wide":
+                made.append(world.examples(icons, pool // 4, wide, 7 + shift, landscape=True))
+            pools = [Pool.of(examples, tokenizer, word_of, vae) for examples in made]
+        taught = teacher is not None and step < TAUGHT_SHARE * steps
+        # The teacher may know neither landscapes nor the designs' words.
+        shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
+        generator = np.random.default_rng((7 + shift, step))
+        chosen = generator.integers(0, len(shown.captions), shown.batch_size)
+        drawn = [
+            caption_ids(shown.captions[index], generator, len(tokenizer), row, () if taught else shown.names[index])
+            for row, index in enumerate(chosen)
+        ]
+        ids, plain_ids = (torch.tensor(column, device=on) for column in zip(*drawn, strict=True))
+        draw = torch.Generator().manual_seed(step + shift)
+        unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
+        rows = torch.from_numpy(chosen).to(on)
+        noise, resample = torch.randn((2, len(rows), *shown.means.shape[1:]), generator=draw).to(on)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), generator=draw).to(on)
+        latents = shown.means[rows].float() + shown.deviations[rows].float() * resample
+        noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), autocast(on):
+            features = encoded(text_encoder, ids, unknown).last_hidden_state
+            if taught:
+                velocity = teacher.predict(noisy, timesteps, plain_ids)
+            else:
+                velocity = scheduler.get_velocity(latents, noise, timesteps)
+        with autocast(on):
+            loss = objective(noisy, timesteps, features, velocity)
+        training.update(loss, peak=8e-4 if start else 1e-3, losses={"loss": loss})
+    objective.load_state_dict(training.average)
+    unet.eval().save_pretrained(folder / "trained")
+    scheduler.save_pretrained(folder / "scheduler")
