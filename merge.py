@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
     folder = new_folder(args.output_dir)
     base = original_projections(model, [*concepts[0].attention, *concepts[0].differences])
-    tokenizer, encoder = model.text_models()
+    family = model.family()
+    tokenizer = model.tokenizers(family)["text_encoder"]
+    encoder = model.text_encoders(family)["text_encoder"]
     add_tokens(parts, tokenizer, encoder)
     settings: dict[str, object] = {"captions": len(captions)}
     if args.prior_weight is None:

@@ -1,58 +1,30 @@
-"""Teach a Stable Diffusion model new concepts from a few images of each, with Custom Diffusion.
+"""Teach a text-to-image diffusion model new concepts from a few images of each, with Custom Diffusion.
 
 Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023 (arXiv 2212.04488): fine-tune the
 key and value projections of the UNet's cross-attention and one new word per concept, on the images plus class
-images that keep what the model knew. This file reads in that order: arguments, data, tokens, attention, loss, the
-run, the loop, saving.
+images that keep what the model knew. This file has the flags, the method in the order of :func:`main`, and the loop;
+the package custom_diffusion has the parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import shutil
-import signal
-import time
 from collections.abc import Sequence
-from functools import partial
 
-import torch
-from accelerate.utils import LoggerType
-from diffusers.optimization import SchedulerType
-from torch import Tensor
-from tqdm.auto import tqdm
+from custom_diffusion.command_line import DEFAULT_MODEL, HelpFormatter, parse_with_config, positive_int, run, switch
 
-from custom_diffusion.command_line import HelpFormatter, parse_with_config, positive_int, run, switch
-from custom_diffusion.data.caching import encode_posterior, sample_latents
-from custom_diffusion.errors import Interrupted
-from custom_diffusion.machine import use_all_cores
-from custom_diffusion.training.run import (
-    STEPS_BETWEEN_READS,
-    Run,
-    StepRecord,
-    prepare_run,
-    print_summary,
-    publish,
-    report_steps,
-    resume,
-    save_checkpoint,
-    save_result,
-    training_batches,
-    validate,
-)
-from custom_diffusion.training.signals import StopSignal
+# diffusers' and accelerate's names, which would take seconds to import.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+)  # fmt: skip
+TRACKERS = (
+    "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none",
+)  # fmt: skip
 
-logger = logging.getLogger("custom_diffusion")
-
-# The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-# On a CPU, activations in huge pages: a step of Stable Diffusion's shape waits for a tenth of the page faults. torch
-# reads it at its first allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# --- flags ---------------------------------------------------------------------------------------
 
 
 # fmt: off
@@ -109,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Precision of that generation; if not given, fp16 on a GPU and fp32 on a CPU.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="custom-diffusion-model", help="Where everything is written.")
+    add("--output_dir", default=DEFAULT_MODEL, help="Where everything is written.")
     add("--seed", type=int, default=42, help="Seed of everything random.")
     add("--train_batch_size", type=positive_int, default=4,
         help="Instance images per step and device, and as many class images.")
@@ -121,14 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--learning_rate", type=float, default=1e-5, help="Learning rate, before --scale_lr.")
     add("--scale_lr", **is_on,
         help="Multiply it by batch size, processes and accumulation, and by 2 with prior preservation.")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType],
+    add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Warm-up steps of the schedules that have a warm-up.")
     add("--dataloader_num_workers", type=int, default=2,
         help="Processes that load images; the result is the same for any number.")
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
-    add("--use_8bit_adam", **is_on, help="8-bit Adam; needs requirements-8bit.txt.")
+    add("--use_8bit_adam", **is_on, help="8-bit Adam; needs pip install '.[8bit]'.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's first beta.")
     add("--adam_beta2", type=float, default=0.999, help="Adam's second beta.")
     add("--adam_weight_decay", type=float, default=1e-2, help="Adam's weight decay.")
@@ -140,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Precision of the frozen model; what is trained stays fp32. If not given, accelerate's configuration.")
     add("--allow_tf32", **is_on, help="TF32 matrix products, on Ampere GPUs and later.")
     add("--enable_xformers_memory_efficient_attention", **is_on,
-        help="xFormers' attention; needs a CUDA GPU and requirements-xformers.txt.")
+        help="xFormers' attention; needs a CUDA GPU and pip install '.[xformers]'.")
     add("--no_latent_cache", **is_on,
         help="Encode the images anew at every step, each time augmented anew, rather than once before the first.")
     add("--latent_variants", type=positive_int, default=20,
@@ -165,8 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output and logging").add_argument
     add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
-    add("--report_to", default="tensorboard", choices=[*map(str, LoggerType), "none"],
-        help="Where losses and images are logged; wandb and comet_ml need requirements-wandb.txt or -comet.txt.")
+    add("--report_to", default="tensorboard", choices=TRACKERS,
+        help="Where losses and images are logged; wandb and comet_ml need pip install '.[wandb]' or '.[comet]'.")
     add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     add("--push_to_hub", **is_on, help="Upload the result to the Hub.")
     add("--hub_token", help="Token for that; `hf auth login` keeps it off the command line.")
@@ -205,38 +177,181 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--num_validation_images, --lr_warmup_steps and --dataloader_num_workers cannot be negative")
     if args.enable_xformers_memory_efficient_attention:
         # On a CPU xFormers imports and diffusers calls it available, but every call of it fails.
-        if not torch.cuda.is_available():
+        if not _has_cuda():
             parser.error(
                 "--enable_xformers_memory_efficient_attention needs a CUDA GPU, and there is none: leave it out"
             )
-        _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "requirements-xformers.txt")
+        _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "xformers")
     if args.keep_latents and args.no_latent_cache:
         parser.error("--keep_latents has nothing to keep with --no_latent_cache: leave one of them out")
     if args.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         parser.error("--torch_compile needs the compiler g++, or another that the variable CXX names")
     if args.use_8bit_adam:
-        _require(parser, "bitsandbytes", "--use_8bit_adam", "requirements-8bit.txt")
-    trackers = {
-        "tensorboard": "requirements.txt",
-        "wandb": "requirements-wandb.txt",
-        "comet_ml": "requirements-comet.txt",
-    }
-    if args.report_to in trackers:
-        _require(parser, args.report_to, f"--report_to={args.report_to}", trackers[args.report_to])
+        _require(parser, "bitsandbytes", "--use_8bit_adam", "8bit")
+    if args.report_to in ("tensorboard", "wandb", "comet_ml"):
+        _require(parser, args.report_to, f"--report_to={args.report_to}", args.report_to.removesuffix("_ml"))
     if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
         parser.error(f"--report_to={args.report_to} records the command line, --hub_token with it: use `hf auth login`")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if args.mixed_precision == "fp16" and not _has_cuda():
         parser.error("--mixed_precision=fp16 needs a GPU, and there is none: use bf16 or leave it out")
     return args
 
 
-def _require(parser: argparse.ArgumentParser, package: str, flag: str, requirements: str) -> None:
+def _require(parser: argparse.ArgumentParser, package: str, flag: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        parser.error(f"{flag} needs the package {package}: pip install -r {requirements}")
+        parser.error(f"{flag} needs the package {package}: pip install '.[{extra}]'")
 
 
-def train(run: Run, first_step: int, read_every: int | None = None) -> float:
-    """The loop; gives the mean seconds per step, without validation and checkpoints.
+def _has_cuda() -> bool:
+    import torch  # takes seconds, which only the flags that need a GPU should cost
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+
+# The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On a CPU, activations in huge pages: a step of Stable Diffusion's shape waits for a tenth of the page faults. torch
+# reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
+
+from custom_diffusion.data.class_images import generate_class_images
+from custom_diffusion.data.concept_list import read_concepts
+from custom_diffusion.data.dataset import CustomDiffusionDataset
+from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
+from custom_diffusion.training.attention import swap_attention_processors
+from custom_diffusion.training.checkpoints import describe_settings, find_checkpoint
+from custom_diffusion.training.objective import CustomDiffusion
+from custom_diffusion.training.progress import STEPS_BETWEEN_READS, StepRecord, report_steps
+from custom_diffusion.training.run import (
+    Run,
+    announce,
+    build_optimizer,
+    build_schedule,
+    cache_texts,
+    fit_to_machine,
+    open_output_dir,
+    plan_steps,
+    prepare_latents,
+    resume,
+    start,
+    training_batches,
+)
+from custom_diffusion.training.saving import finish, save_checkpoint, validate
+from custom_diffusion.training.signals import StopSignal
+from custom_diffusion.training.tokens import add_modifier_tokens, check_cutmix, parse_modifier_tokens, train_new_words
+
+logger = logging.getLogger("custom_diffusion")
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Teach the concepts, and save what was learned."""
+    args = parse_args(argv)
+    accelerator = start(args)
+
+    # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
+    concepts = read_concepts(args)
+    tokens, initializers = parse_modifier_tokens(args, concepts)
+    instance_images = find_instance_images(concepts, tokens)
+    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
+    configuration = read_configuration(base_model, args.resolution)
+    tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
+    modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
+    check_cutmix(args, instance_images, tokenizers)
+    settings = describe_settings(args, instance_images, concepts, accelerator.num_processes)
+    open_output_dir(args, settings, checkpoint, accelerator)
+
+    # Without real class images, the base model draws its own idea of each class.
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(base_model, concepts, accelerator, args)
+        class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
+    dataset = build_dataset(args, instance_images, class_images, configuration, tokenizers, accelerator.num_processes)
+    steps = plan_steps(args, dataset, checkpoint, accelerator.num_processes)
+    # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
+    latents = prepare_latents(args, dataset, steps, configuration, accelerator)
+
+    # Trained are a row for each modifier token, and copies of the cross-attention's projections.
+    text_encoders = base_model.text_encoders(configuration.family)
+    train_new_words(text_encoders, modifier_tokens)
+    unet = base_model.unet()
+    swap_attention_processors(unet, args.freeze_model == "crossattn", args.enable_xformers_memory_efficient_attention)
+    prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    model = CustomDiffusion(
+        configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens, prior_loss_weight
+    )
+    fit_to_machine(model, args, accelerator, configuration.latent_size)
+    optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
+    lr_scheduler = build_schedule(args, optimizer, steps.stop, accelerator)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+
+    run = Run(
+        args=args,
+        settings=settings,
+        accelerator=accelerator,
+        concepts=concepts,
+        configuration=configuration,
+        tokenizers=tokenizers,
+        dataset=dataset,
+        steps=steps,
+        latents=latents,
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+    )
+    cache_texts(run)
+    resume(run, checkpoint)
+    announce(run)
+    finish(run, train(run))
+
+
+def build_dataset(
+    args: argparse.Namespace,
+    instance_images: Sequence[tuple[Path, str]],
+    class_images: Sequence[tuple[Path, str]],
+    configuration: ModelConfiguration,
+    tokenizers: dict[str, CLIPTokenizer],
+    num_processes: int,
+) -> CustomDiffusionDataset:
+    """The training samples."""
+    return CustomDiffusionDataset(
+        instance_images,
+        class_images,
+        partial(configuration.family.tokenize, tokenizers),
+        size=args.resolution,
+        mask_size=configuration.latent_size,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        aug=not args.noaug,
+        seed=args.seed,
+        variants=None if args.no_latent_cache else args.latent_variants,
+        cutmix_probability=args.cutmix_probability,
+        samples_per_step=args.train_batch_size * num_processes * args.gradient_accumulation_steps,
+        padding_mode=args.padding_mode,
+    )
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def train(run: Run, read_every: int | None = None) -> float:
+    """Take the steps; gives the mean seconds of one, without validation and checkpoints.
 
     Args:
         read_every: steps between readings of the losses, which wait for the device; they are read before every
@@ -248,21 +363,17 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
     """
     args, accelerator = run.args, run.accelerator
     trained = list(run.module.trained().values())
-    step, busy, started = first_step, 0.0, time.perf_counter()
+    step, busy, started = run.steps.start, 0.0, time.perf_counter()
     on_cpu, alone = accelerator.device.type == "cpu", accelerator.num_processes == 1
     read_every = read_every or (1 if on_cpu else STEPS_BETWEEN_READS)
     losses: Tensor | float = 0.0
     unread: list[StepRecord] = []
     skipped_steps = 0
     bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
-    with StopSignal(accelerator) as stop, bar(total=run.total_steps, initial=first_step) as progress:
-        for batch in training_batches(run, first_step):
+    with StopSignal(accelerator) as stop, bar(total=run.steps.stop, initial=step) as progress:
+        for batch in training_batches(run):
             with accelerator.accumulate(run.model):
-                posterior = batch.pop("posterior", None)
-                if posterior is None:
-                    posterior = encode_posterior(run.vae, batch.pop("pixel_values"))
-                latents = sample_latents(posterior, batch.pop("posterior_noise"), run.scaling_factor)
-                loss, *parts = run.model(latents, **batch)
+                loss, *parts = run.model(run.latents.draw(batch), **batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, args.max_grad_norm)
@@ -282,7 +393,7 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
             # Several processes ask each other whether to stop, so they have to ask after the same steps.
             noticed = alone and stop.number is not None
             regular = (read_every, args.checkpointing_steps, args.validation_steps)
-            if not (noticed or step == run.total_steps or any(step % steps == 0 for steps in regular)):
+            if not (noticed or step == run.steps.stop or any(step % steps == 0 for steps in regular)):
                 continue
 
             progress.set_postfix(report_steps(run, unread))
@@ -291,41 +402,13 @@ def train(run: Run, first_step: int, read_every: int | None = None) -> float:
             stopped = stop.came()
             if step % args.checkpointing_steps == 0 or stopped:
                 save_checkpoint(run, step)
-            if stopped and step < run.total_steps:
-                name = signal.Signals(stop.number).name
-                raise Interrupted(
-                    stop.number, f"stopped by {name} after step {step}; go on with --resume_from_checkpoint=latest"
-                )
-            if step % args.validation_steps == 0 and step < run.total_steps:
+            if stopped and step < run.steps.stop:
+                raise stop.interruption(step)
+            if step % args.validation_steps == 0 and step < run.steps.stop:
                 validate(run, step, "validation")
             started = time.perf_counter()
-    return busy / max(1, step - first_step)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, save, and say where everything is."""
-    use_all_cores()
-    run = prepare_run(parse_args(argv))
-    accelerator = run.accelerator
-    first_step = resume(run)
-    logger.info(
-        f"{len(run.dataset.instance_images)} instance images, {len(run.dataset.class_images)} class images; "
-        f"{run.total_steps - first_step} steps of {run.args.train_batch_size} x {accelerator.num_processes} processes "
-        f"x {run.args.gradient_accumulation_steps} accumulation; "
-        f"{sum(parameter.numel() for parameter in run.module.trained().values()):,} trained values"
-    )
-    seconds_per_step = train(run, first_step)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        result = save_result(run)
-        address = publish(run, result) if run.args.push_to_hub else None
-        print_summary(run, seconds_per_step, result.files, address)
-    accelerator.wait_for_everyone()
-    # Freed in this order, two processes end cleanly even on a busy machine.
-    accelerator.end_training()
-    run.model = run.optimizer = run.lr_scheduler = None
-    accelerator.free_memory()
+    return busy / max(1, len(run.steps))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="interrupted before the first step; run the same command again")

@@ -18,6 +18,7 @@ from custom_diffusion.errors import Interrupted, UserError
 from custom_diffusion.files import write_whole
 
 CONFIG_NAME = "config.yaml"
+DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
 
 
 # Secrets, who runs it, what a launcher sets, and the file itself have no place in a file that is passed on.

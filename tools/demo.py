@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from custom_diffusion.images import write_image  # noqa: E402
+from custom_diffusion.images import write_image
 
 RESULTS = ROOT / "demo" / "results"
 CELL, GAP, MARGIN = 96, 4, 14

@@ -131,7 +131,8 @@ def _combine(concepts: Sequence[Concept]) -> tuple[_Owned, _Owned]:
     attention: _Owned = {}
     tokens: _Owned = {}
     for concept in concepts:
-        for token, vector in concept.tokens.items():
+        for token, vectors in concept.tokens.items():
+            vector = vectors["text_encoder"]
             if token in tokens:
                 raise UserError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
             tokens[token] = (vector, concept)

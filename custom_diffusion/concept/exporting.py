@@ -32,7 +32,8 @@ def export_lora(concept: Concept, base: Mapping[str, Tensor], args: argparse.Nam
     name = lora_name(folder, concept)
     data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
     write_whole(folder / name, lambda file: file.write(data))
-    for token, vector in concept.tokens.items():
+    for token, vectors in concept.tokens.items():
+        vector = vectors["text_encoder"]
         check_token_name(token)
         embedding = safetensors.torch.save(formats.to_embedding(vector), metadata={"format": "pt"})
         write_whole(folder / f"{token}.safetensors", lambda file, data=embedding: file.write(data))
@@ -68,7 +69,7 @@ def lora_name(folder: Path, concept: Concept) -> str:
 
 def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
     """What programs read of a LoRA without loading it; kohya-ss' names."""
-    width = next(iter(concept.tokens.values())).shape[0] if concept.tokens else 0
+    width = next(iter(concept.tokens.values()))["text_encoder"].shape[0] if concept.tokens else 0
     same = len(set(ranks.values())) == 1
     metadata = {
         "ss_network_module": "networks.lora",
@@ -105,7 +106,9 @@ def export_delta(concept: Concept, base: Mapping[str, Tensor], args: argparse.Na
         small = {k: w for k, w in concept.attention.items() if "to_k_custom" in k or "to_v_custom" in k}
         decompositions = decompose(replace(concept, attention=small), base)
         factors = {key: d.factors(chosen_rank(d, args)) for key, d in decompositions.items()}
-    content = formats.to_delta(concept.attention, concept.tokens, factors)
+    content = formats.to_delta(
+        concept.attention, {token: own["text_encoder"] for token, own in concept.tokens.items()}, factors
+    )
     name = "compressed_delta.bin" if factors else "delta.bin"
     write_whole(folder / name, lambda file: torch.save(content, file))
     size = (folder / name).stat().st_size / 1e6

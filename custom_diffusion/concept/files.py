@@ -29,6 +29,7 @@ from custom_diffusion.concept import formats
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import has_hub_form, is_hub_id, write_whole
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.families import FAMILIES
 from custom_diffusion.text import first_line
 
 
@@ -82,7 +83,8 @@ class Concept:
         attention: the trained projections in float32 or as stored, keyed as diffusers' processors name them
             (``...attn2.processor.to_k_custom_diffusion.weight`` of shape (hidden size, text width), ``to_v``,
             and with ``crossattn`` also ``to_q`` and ``to_out``). Empty where only tokens were learned.
-        tokens: modifier token to its embedding, shape (text width,).
+        tokens: modifier token to its embeddings, one per text encoder of the base model, by the encoder's name:
+            ``{"<new1>": {"text_encoder": vector of shape (text width,)}}``.
         base_model: the model that was fine-tuned (Hub id or folder), where it is known.
         source: where the concept was read from, for messages.
         differences: keyed like ``attention``, projections that are known only as difference from the base model's
@@ -91,7 +93,7 @@ class Concept:
     """
 
     attention: dict[str, Tensor]
-    tokens: dict[str, Tensor]
+    tokens: dict[str, dict[str, Tensor]]
     base_model: str | None = None
     source: str = "the concept"
     differences: dict[str, Tensor] = field(default_factory=dict)
@@ -151,7 +153,7 @@ def save_concept(
     # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
     cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
     untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
-    files = {token: {token: vector.detach().to("cpu", copy=True)} for token, vector in concept.tokens.items()}
+    files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
     written = []
     if safetensors_too:
         contents = dict(files)
@@ -203,9 +205,9 @@ def load_concept(source: str | os.PathLike) -> Concept:
     return concept
 
 
-def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     attention: dict[str, Tensor] = {}
-    tokens: dict[str, Tensor] = {}
+    tokens: dict[str, dict[str, Tensor]] = {}
     for stem, path in files.items():
         content = _read_tensors(path)
         if stem == WEIGHTS_STEM:
@@ -214,14 +216,35 @@ def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[
             foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
             if foreign is not None:
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
-        elif set(content) == {stem} and isinstance(content[stem], Tensor) and content[stem].dim() == 1:
-            # The clone leaves behind the whole embedding table that the example stores with each vector.
-            tokens[stem] = content[stem].clone()
+        elif vectors := _vectors_of_token(stem, content):
+            tokens[stem] = vectors
     return attention, tokens
 
 
+def _token_file(token: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The content of a token's file: its vector under its own name, or several under the names of their encoders."""
+    for family in FAMILIES:
+        if {part.name for part in family.text_encoders} == set(vectors):
+            parts = family.text_encoders
+            return {part.token_key or token: vectors[part.name].detach().to("cpu", copy=True) for part in parts}
+    raise UserError(f"the modifier token {token!r} has embeddings for {', '.join(vectors)}: no family that is known")
+
+
+def _vectors_of_token(token: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of :func:`_token_file`; nothing for a file that is no token's."""
+    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in content.values()):
+        return {}
+    for family in FAMILIES:
+        keys = {part.token_key or token: part.name for part in family.text_encoders}
+        if set(keys) == set(content):
+            # The clones leave behind the whole embedding table that the example stores with each vector.
+            return {name: content[key].clone() for key, name in keys.items()}
+    return {}
+
+
 def _check_finite(concept: Concept) -> None:
-    for name, tensor in (concept.attention | concept.differences | concept.tokens).items():
+    vectors = {token: vector for token, own in concept.tokens.items() for vector in own.values()}
+    for name, tensor in (concept.attention | concept.differences | vectors).items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
@@ -236,7 +259,7 @@ def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
     for token in tokens:
         check_token_name(token)
     # Clones as above: whoever saved these may have stored views too.
-    return attention, differences, {token: vector.clone() for token, vector in tokens.items()}
+    return attention, differences, {token: {"text_encoder": vector.clone()} for token, vector in tokens.items()}
 
 
 def _local_path(source: str) -> Path:

@@ -272,7 +272,11 @@ def add_tokens(parts: Sequence[Part], tokenizer: CLIPTokenizer, encoder: CLIPTex
     Raises:
         UserError: for a token that the vocabulary has already, or of another width.
     """
-    tokens = {token: (vector, part.concept) for part in parts for token, vector in part.concept.tokens.items()}
+    tokens = {
+        token: (vectors["text_encoder"], part.concept)
+        for part in parts
+        for token, vectors in part.concept.tokens.items()
+    }
     check_new_tokens(tokens, tokenizer, encoder)
     tokenizer.add_tokens(list(tokens))
     encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -82,10 +85,7 @@ def generate_class_images(
     base_model: BaseModel,
     concepts: Sequence[ConceptEntry],
     accelerator: Accelerator,
-    num_images: int,
-    batch_size: int,
-    seed: int,
-    precision: str | None = None,
+    args: argparse.Namespace,
 ) -> None:
     """Generate the class images that are missing; what is there already stays and counts.
 
@@ -96,42 +96,41 @@ def generate_class_images(
         base_model: what generates them.
         concepts: each with ``class_data_dir`` and ``class_prompt``.
         accelerator: its processes share the work.
-        num_images: how many each concept needs.
-        batch_size: images generated at once, per process.
-        seed: of the run.
-        precision: of the weights, one of :data:`PRECISIONS`; otherwise fp16 on a GPU and fp32 on a CPU.
+        args: the run's ``num_class_images``, which each concept needs; ``sample_batch_size``, generated at once, per
+            process; ``seed``; ``prior_generation_precision``, one of :data:`PRECISIONS`, or else fp16 on a GPU and
+            fp32 on a CPU.
 
     Raises:
         UserError: for a folder of real class images, and a base model that cannot be loaded.
     """
-    missing = find_missing(concepts, accelerator, num_images)
+    missing = find_missing(concepts, accelerator, args.num_class_images)
     if not missing:
         return
 
     default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
     pipeline = base_model.pipeline(
-        PRECISIONS.get(precision, default), safety_checker=None, requires_safety_checker=False
+        PRECISIONS.get(args.prior_generation_precision, default), safety_checker=None, requires_safety_checker=False
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     for folder, prompts in missing:
         share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
-        progress = tqdm(
-            total=len(prompts),
-            desc=f"Class images of {prompts.prompt!r}",
-            unit="image",
-            disable=not accelerator.is_local_main_process,
-        )
-        for batch in DataLoader(share, batch_size=batch_size):
-            numbers = batch["index"].tolist()
-            generators = [
-                torch.Generator().manual_seed(derived_seed(seed, prompts.prompt, number)) for number in numbers
-            ]
-            images = pipeline(batch["prompt"], generator=generators).images
-            for number, image in zip(numbers, images, strict=True):
-                digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-                write_image(folder / f"{number}-{digest}.jpg", image, "JPEG", quality=95)
-            progress.update(min(len(numbers) * accelerator.num_processes, len(prompts) - progress.n))
-        progress.close()
+        bar = partial(tqdm, desc=f"Class images of {prompts.prompt!r}", unit="image")
+        with bar(total=len(prompts), disable=not accelerator.is_local_main_process) as progress:
+            for batch in DataLoader(share, batch_size=args.sample_batch_size):
+                generate_batch(pipeline, batch, folder, args.seed)
+                made = len(batch["index"]) * accelerator.num_processes
+                progress.update(min(made, len(prompts) - progress.n))
     del pipeline
     return_freed_memory()
     accelerator.wait_for_everyone()
+
+
+def generate_batch(pipeline: DiffusionPipeline, batch: dict[str, Any], folder: Path, seed: int) -> None:
+    """Generate and write the images of one batch of a :class:`PromptDataset`, each from its own noise."""
+    numbers = batch["index"].tolist()
+    seeds = [derived_seed(seed, prompt, number) for prompt, number in zip(batch["prompt"], numbers, strict=True)]
+    generators = [torch.Generator().manual_seed(one) for one in seeds]
+    images = pipeline(batch["prompt"], generator=generators).images
+    for number, image in zip(numbers, images, strict=True):
+        digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
+        write_image(folder / f"{number}-{digest}.jpg", image, "JPEG", quality=95)

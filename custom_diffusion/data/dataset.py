@@ -134,6 +134,10 @@ class CustomDiffusionDataset(Dataset):
             self._order_of = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self)))
         return self._order_of[1]
 
+    def positions(self, steps: range) -> range:
+        """The items of the stream that optimizer steps take."""
+        return range(steps.start * self.samples_per_step, steps.stop * self.samples_per_step)
+
     def draw(self, position: int) -> Sample:
         """Decide what an item is made of; no image is read for it."""
         epoch, sample = divmod(position, len(self))

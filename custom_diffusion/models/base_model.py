@@ -78,19 +78,23 @@ class BaseModel:
         return {part.name: tokenizer for part in family.text_encoders}
 
     def text_encoders(self, family: Family, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
-        """The text encoders by name."""
+        """The text encoders by name, frozen."""
         return {
-            part.name: self.load(part.kind.from_pretrained, part.name, variant=self.variant, dtype=dtype)
+            part.name: self.load(
+                part.kind.from_pretrained, part.name, variant=self.variant, dtype=dtype
+            ).requires_grad_(False)
             for part in family.text_encoders
         }
 
     def unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """The UNet."""
-        return self.load(UNet2DConditionModel.from_pretrained, "unet", variant=self.variant, dtype=dtype)
+        """The UNet, frozen."""
+        unet = self.load(UNet2DConditionModel.from_pretrained, "unet", variant=self.variant, dtype=dtype)
+        return unet.requires_grad_(False)
 
     def vae(self, dtype: torch.dtype, **options: Any) -> AutoencoderKL:
-        """The VAE; ``options`` go to ``from_pretrained``."""
-        return self.load(AutoencoderKL.from_pretrained, "vae", variant=self.variant, dtype=dtype, **options)
+        """The VAE, frozen; ``options`` go to ``from_pretrained``."""
+        vae = self.load(AutoencoderKL.from_pretrained, "vae", variant=self.variant, dtype=dtype, **options)
+        return vae.requires_grad_(False)
 
     def unet_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the UNet's weights by name, in float32; the rest is not kept.
@@ -110,6 +114,7 @@ class ModelConfiguration:
     """What a base model's configuration files, which are small, say of it.
 
     Attributes:
+        base_model: the model.
         family: which family it is of.
         noise_scheduler: how its latents are noised, and whether noise or velocity is predicted.
         vae: the VAE's configuration.
@@ -117,6 +122,7 @@ class ModelConfiguration:
         latent_size: side of the latents of the training images.
     """
 
+    base_model: BaseModel
     family: Family
     noise_scheduler: DDPMScheduler
     vae: dict[str, Any]
@@ -147,4 +153,4 @@ def read_configuration(base_model: BaseModel, resolution: int) -> ModelConfigura
             f"--resolution {resolution} is no multiple of {factor}, which the VAE needs: "
             f"take {below or factor} or {below + factor}"
         )
-    return ModelConfiguration(family, noise_scheduler, vae, vae["latent_channels"], resolution // factor)
+    return ModelConfiguration(base_model, family, noise_scheduler, vae, vae["latent_channels"], resolution // factor)

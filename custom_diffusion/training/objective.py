@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from custom_diffusion.concept.files import Concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import release_pages
-from custom_diffusion.training.attention import CustomDiffusionAttnProcessor, swap_attention_processors
+from custom_diffusion.models.families import Conditioning, Family
+from custom_diffusion.training.attention import CustomDiffusionAttnProcessor
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
-from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTokens
+from custom_diffusion.training.tokens import ModifierTokens
 
 
 def custom_diffusion_loss(
@@ -53,36 +53,34 @@ class CustomDiffusion(nn.Module):
     example wraps only a holder of the processors, and its processes drift apart.
 
     Args:
-        text_encoder, unet: in full precision; both are frozen here.
+        family: how captions are encoded, and how the UNet is asked.
+        text_encoders: by name, in full precision; frozen but for the rows of the modifier tokens
+            (:func:`tokens.train_new_words`).
+        unet: in full precision; frozen but for its attention processors
+            (:func:`attention.swap_attention_processors`).
         noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
-        modifier_tokens: see :func:`add_modifier_tokens`.
-        train_q_out, use_xformers: see :class:`CustomDiffusionAttnProcessor`.
+        modifier_tokens: see :func:`tokens.add_modifier_tokens`.
         prior_loss_weight: None without prior preservation.
     """
 
     def __init__(
         self,
-        text_encoder: CLIPTextModel,
+        family: Family,
+        text_encoders: Mapping[str, nn.Module],
         unet: UNet2DConditionModel,
         noise_scheduler: DDPMScheduler,
         modifier_tokens: ModifierTokens,
-        train_q_out: bool = False,
-        use_xformers: bool = False,
         prior_loss_weight: float | None = None,
     ) -> None:
         super().__init__()
-        self.text_encoder = text_encoder.requires_grad_(False)
-        self.unet = unet.requires_grad_(False)
+        self.family = family
         self.noise_scheduler = noise_scheduler
         self.modifier_tokens = modifier_tokens
         self.prior_loss_weight = prior_loss_weight
-        if modifier_tokens.tokens:
-            table = text_encoder.get_input_embeddings()
-            rows = table.weight.detach()[modifier_tokens.initializer_ids].float().clone()
-            text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[0], rows))
-        swap_attention_processors(unet, train_q_out, use_xformers)
+        self.text_encoders = nn.ModuleDict(text_encoders)
+        self.unet = unet
         keep_less(unet)
-        self.predict: Callable = unet.forward
+        self.unet_forward: Callable[..., Any] = unet.forward
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter that is trained, by name."""
@@ -113,18 +111,19 @@ class CustomDiffusion(nn.Module):
 
     def _recompute_text(self) -> None:
         if self.modifier_tokens.tokens:
-            # transformers renames it; the older versions that we support know only the older name.
-            enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
-            (enable or self.text_encoder.gradient_checkpointing_enable)()
+            for text_encoder in self.text_encoders.values():
+                # transformers renames it; the older versions that we support know only the older name.
+                enable = getattr(text_encoder, "activation_checkpointing_enable", None)
+                (enable or text_encoder.gradient_checkpointing_enable)()
 
     def compile_unet(self, **options: Any) -> None:
         """Let ``torch.compile`` (``options``) do the UNet's part; images are made with the UNet as it is."""
-        self.predict = torch.compile(self.unet.forward, **options)
+        self.unet_forward = torch.compile(self.unet.forward, **options)
 
-    def encode_prompts(self, input_ids: Tensor) -> Tensor:
-        """Token ids (N, length) to text features (N, length, text width): the only place that conditions on text."""
+    def encode_prompts(self, input_ids: dict[str, Tensor]) -> Conditioning:
+        """Token ids per text encoder, (N, length), to the conditioning of N captions."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.modifier_tokens.tokens)):
-            return self.text_encoder(input_ids)[0]
+            return self.family.encode(self.text_encoders, input_ids)
 
     def forward(
         self,
@@ -132,8 +131,8 @@ class CustomDiffusion(nn.Module):
         noise: Tensor,
         timesteps: Tensor,
         mask: Tensor,
-        input_ids: Tensor | None = None,
-        text_features: Tensor | None = None,
+        input_ids: dict[str, Tensor] | None = None,
+        conditioning: Conditioning | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of :func:`custom_diffusion_loss` for one batch.
 
@@ -141,17 +140,19 @@ class CustomDiffusion(nn.Module):
             latents, noise: (N, C, H, W), float32; latents already scaled by the VAE's factor.
             timesteps: (N,).
             mask: (N, 1, H, W).
-            input_ids: (M, length), the captions of the first M; None where M is 0.
-            text_features: (N - M, length, text width), those of the others; None where there are none.
+            input_ids: per text encoder, (M, length), the captions of the first M; None where M is 0.
+            conditioning: what is known of the N - M others; None where there are none.
         """
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         else:
             target = noise
-        encoded = [] if input_ids is None else [self.encode_prompts(input_ids)]
-        encoded += [] if text_features is None else [text_features]
-        prediction = self.predict(noisy_latents.to(self.unet.dtype), timesteps, torch.cat(encoded)).sample
+        told = [] if input_ids is None else [self.encode_prompts(input_ids)]
+        told += [] if conditioning is None else [conditioning]
+        together = {name: torch.cat([one[name] for one in told]) for name in told[0]}
+        noisy_latents = noisy_latents.to(self.unet.dtype)
+        prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together)
         return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
 
     def learned(self, base_model: str) -> Concept:
@@ -162,9 +163,13 @@ class CustomDiffusion(nn.Module):
             if isinstance(processor, CustomDiffusionAttnProcessor)
             for key, value in processor.state_dict().items()
         }
-        names = self.modifier_tokens.tokens
-        rows = self.text_encoder.get_input_embeddings().rows.weight.detach() if names else []
-        return Concept(attention, dict(zip(names, rows, strict=True)), base_model)
+        tokens: dict[str, dict[str, Tensor]] = {token: {} for token in self.modifier_tokens.tokens}
+        if tokens:
+            for name, text_encoder in self.text_encoders.items():
+                rows = text_encoder.get_input_embeddings().rows.weight.detach()
+                for token, row in zip(tokens, rows, strict=True):
+                    tokens[token][name] = row
+        return Concept(attention, tokens, base_model)
 
     @torch.no_grad()
     def restore(self, concept: Concept) -> None:
@@ -173,12 +178,16 @@ class CustomDiffusion(nn.Module):
         Raises:
             UserError: where the concept does not have the same tokens and projections.
         """
-        current = self.learned(base_model="")
-        stored = concept.attention | concept.tokens
-        for name, value in (current.attention | current.tokens).items():
+        current, stored = _flat(self.learned(base_model="")), _flat(concept)
+        for name, value in current.items():
             if name not in stored or stored[name].shape != value.shape:
                 raise UserError(
                     f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
                     "--modifier_token and --freeze_model"
                 )
             value.copy_(stored[name])
+
+
+def _flat(concept: Concept) -> dict[str, Tensor]:
+    vectors = {f"{token} of {name}": vector for token, own in concept.tokens.items() for name, vector in own.items()}
+    return concept.attention | vectors

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from custom_diffusion.errors import Interrupted
+
 
 def leave_signals_to_the_run(worker: int) -> None:
     """Let a data worker, as its ``worker_init_fn``, ignore what :class:`StopSignal` notes.
@@ -54,6 +56,14 @@ class StopSignal:
         """Let signals do again what they did before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def interruption(self, step: int) -> Interrupted:
+        """What to raise after this step, whose checkpoint is written."""
+        assert self.number is not None
+        name = signal.Signals(self.number).name
+        return Interrupted(
+            self.number, f"stopped by {name} after step {step}; continue with --resume_from_checkpoint=latest"
+        )
 
     def came(self) -> bool:
         """Whether any process was told to stop; all processes have to ask, after the same step."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer
 from custom_diffusion.concept.files import check_token_name
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
+from custom_diffusion.models.vocabulary import add_words, check_new_words
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -24,13 +26,13 @@ class ModifierTokens:
 
     Attributes:
         tokens: such as ``["<new1>", "<new2>"]``; empty where only the attention is trained.
-        ids: their ids in the tokenizer, consecutive and behind the whole vocabulary.
-        initializer_ids: the vocabulary entries whose embeddings they start from.
+        ids: per text encoder, their ids in its tokenizer, consecutive and behind the whole vocabulary.
+        initializer_ids: per text encoder, the vocabulary entries whose embeddings they start from.
     """
 
     tokens: list[str]
-    ids: list[int]
-    initializer_ids: list[int]
+    ids: dict[str, list[int]]
+    initializer_ids: dict[str, list[int]]
 
 
 def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[ConceptEntry]) -> tuple[list[str], list[str]]:
@@ -62,35 +64,47 @@ def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[ConceptEn
     return tokens, initializers[: len(tokens)]
 
 
-def add_modifier_tokens(tokenizer: CLIPTokenizer, tokens: Sequence[str], initializers: Sequence[str]) -> ModifierTokens:
-    """Add the new words to the tokenizer, and find where each starts from.
+def add_modifier_tokens(
+    tokenizers: Mapping[str, CLIPTokenizer], tokens: Sequence[str], initializers: Sequence[str]
+) -> ModifierTokens:
+    """Add the new words to the tokenizers, and find where each starts from.
 
-    An initializer is looked up as a vocabulary entry first: the default ``ktn`` is an entry that occurs only inside
-    words (the rarest make the most neutral start), and as a word of its own it would be two tokens.
+    Args:
+        tokenizers: by the names of their text encoders.
+        tokens, initializers: one initializer for each token.
 
     Raises:
-        UserError: for a token that is in the vocabulary, or an initializer of several tokens.
+        UserError: for a token that is in a vocabulary, or an initializer of several tokens.
+    """
+    ids, initializer_ids = {}, {}
+    for name, tokenizer in tokenizers.items():
+        check_new_words(tokens, tokenizer)
+        initializer_ids[name] = [
+            _initializer_id(tokenizer, token, initializer)
+            for token, initializer in zip(tokens, initializers, strict=True)
+        ]
+        ids[name] = add_words(tokenizer, tokens)
+    return ModifierTokens(list(tokens), ids, initializer_ids)
+
+
+def _initializer_id(tokenizer: CLIPTokenizer, token: str, initializer: str) -> int:
+    """The vocabulary entry that a token starts from.
+
+    An initializer is looked up as an entry first: the default ``ktn`` is one that occurs only inside words (the rarest
+    make the most neutral start), and as a word of its own it would be two tokens.
     """
     vocabulary = tokenizer.get_vocab()
-    initializer_ids = []
-    for token, initializer in zip(tokens, initializers, strict=True):
-        if token in vocabulary or f"{token}</w>" in vocabulary:
-            raise UserError(
-                f"the modifier token {token!r} is in the tokenizer's vocabulary already; take another, such as '<new1>'"
-            )
-        ids = (
-            [vocabulary[initializer]]
-            if initializer in vocabulary
-            else tokenizer(initializer, add_special_tokens=False).input_ids
+    ids = (
+        [vocabulary[initializer]]
+        if initializer in vocabulary
+        else tokenizer(initializer, add_special_tokens=False).input_ids
+    )
+    if len(ids) != 1:
+        raise UserError(
+            f"the initializer {initializer!r} of {token!r} is {len(ids)} tokens and must be one; take a common word"
         )
-        if len(ids) != 1:
-            raise UserError(
-                f"the initializer {initializer!r} of {token!r} is {len(ids)} tokens and must be one; take a common word"
-            )
-        initializer_ids += ids
-        logger.info(f"{token} starts from vocabulary entry {ids[0]}, {tokenizer.convert_ids_to_tokens(ids[0])!r}")
-    tokenizer.add_tokens(list(tokens))
-    return ModifierTokens(list(tokens), tokenizer.convert_tokens_to_ids(list(tokens)), initializer_ids)
+    logger.info(f"{token} starts from vocabulary entry {ids[0]}, {tokenizer.convert_ids_to_tokens(ids[0])!r}")
+    return ids[0]
 
 
 class ModifierTokenEmbedding(nn.Module):
@@ -117,3 +131,45 @@ class ModifierTokenEmbedding(nn.Module):
         known = self.table(input_ids.masked_fill(is_modifier, 0))
         learned = self.rows((input_ids - self.first_id).clamp(min=0)).to(known.dtype)
         return torch.where(is_modifier.unsqueeze(-1), learned, known)
+
+
+def train_new_words(text_encoders: Mapping[str, nn.Module], modifier_tokens: ModifierTokens) -> None:
+    """Put trainable rows for the modifier tokens behind the embedding table of every text encoder."""
+    if not modifier_tokens.tokens:
+        return
+    for name, text_encoder in text_encoders.items():
+        table = text_encoder.get_input_embeddings()
+        rows = table.weight.detach()[modifier_tokens.initializer_ids[name]].float().clone()
+        text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[name][0], rows))
+
+
+def check_cutmix(
+    args: argparse.Namespace,
+    instance_images: Sequence[tuple[Path, str]],
+    tokenizers: Mapping[str, CLIPTokenizer],
+) -> None:
+    """With ``--cutmix_probability``, make sure that there are two concepts, and that their prompts fit into one.
+
+    Raises:
+        UserError: where all images are in one folder, or the words of the second concept could be cut off, which
+            would teach it to those of the first.
+    """
+    if not args.cutmix_probability:
+        return
+    longest: dict[Path, tuple[int, str]] = {}
+    for path, prompt in instance_images:
+        length = max(len(one(prompt, add_special_tokens=False).input_ids) for one in tokenizers.values())
+        longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
+    if len(longest) < 2:
+        raise UserError(
+            f"--cutmix_probability shows one concept beside another, and {args.concepts_list!r} has images in one "
+            "folder only: leave it out, or give each concept an instance_data_dir of its own"
+        )
+    (one, left), (other, right) = sorted(longest.values())[-2:]
+    most = min(tokenizer.model_max_length for tokenizer in tokenizers.values())
+    # With "next to" between them, and the start and end tokens.
+    if one + other + 4 > most:
+        raise UserError(
+            f"--cutmix_probability joins two prompts, and {left!r} and {right!r} together are too long for the "
+            f"{most} tokens of the text encoder: shorten them, or leave the flag out"
+        )

@@ -1,0 +1,196 @@
+"""What a run saves and shows: validation images, checkpoints, and the learned concept with its card."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+
+from custom_diffusion.command_line import DEFAULT_MODEL
+from custom_diffusion.concept.cards import model_card
+from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
+from custom_diffusion.files import is_hub_id, write_whole
+from custom_diffusion.images import write_image
+from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
+from custom_diffusion.training.checkpoints import cannot_write, put_checkpoint, write_settings
+from custom_diffusion.training.publishing import log_images, push_to_hub
+from custom_diffusion.training.run import Run, load_vae
+
+logger = logging.getLogger("custom_diffusion")
+
+# Flags that a model card shows.
+SHOWN_ON_CARD = (
+    "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    "with_prior_preservation", "real_prior", "hflip", "noaug", "padding_mode", "cutmix_probability", "seed",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
+    """Images of ``--validation_prompt`` from the models in memory, written to the output folder and the trackers.
+
+    Args:
+        phase: name of the images in the trackers, ``validation`` on the way and ``test`` at the end.
+
+    Returns:
+        The images; none without a prompt or on processes other than the main one.
+    """
+    args, accelerator = run.args, run.accelerator
+    if args.validation_prompt is None or args.num_validation_images == 0 or not accelerator.is_main_process:
+        return []
+    module = run.module
+    module.eval()
+    # Where the images are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
+    vae = run.latents.vae or load_vae(run.configuration, accelerator, local_files_only=True)
+    module.text_encoders.to(accelerator.device)
+    scheduler = DPMSolverMultistepScheduler.from_config(module.noise_scheduler.config)
+    pipeline = run.configuration.family.pipeline(vae, module.unet, scheduler, module.text_encoders, run.tokenizers)
+    pipeline.set_progress_bar_config(desc=f"Images at step {step}", leave=False)
+    images = []
+    for number in range(args.num_validation_images):
+        # One at a time: validation should not need more memory than training.
+        generator = torch.Generator().manual_seed(args.seed + number)
+        images += pipeline(
+            args.validation_prompt,
+            num_inference_steps=25,
+            height=args.resolution,
+            width=args.resolution,
+            generator=generator,
+        ).images
+    module.train()
+    del pipeline, vae
+    if "instance" in run.dataset.conditioning:
+        module.text_encoders.to("cpu")
+    return_freed_memory()
+
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
+    for tracker in accelerator.trackers:
+        log_images(tracker, images, args.validation_prompt, phase, step)
+    return images
+
+
+def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = ()) -> bytes:
+    """The model card of a checkpoint or of the finished concept."""
+    args = run.args
+    settings = {"steps": steps} | {name: getattr(args, name) for name in SHOWN_ON_CARD}
+    prompts = [entry.instance_prompt for entry in run.concepts]
+    return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Write ``checkpoint-<step>``: the concept so far, and in ``training_state`` all that resuming needs.
+
+    It gets its name only when it is complete, and older ones beyond the limit go only after that.
+
+    Raises:
+        UserError: where it cannot be written; earlier checkpoints are intact.
+    """
+    accelerator, output_dir = run.accelerator, Path(run.args.output_dir)
+    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    try:
+        trim_heap()  # room for the copies that are written
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            concept = run.learned()
+            save_concept(concept, temporary, bin_too=False)
+            card = render_card(run, concept, step)
+            write_whole(temporary / CARD_NAME, lambda file: file.write(card))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary / "training_state"))
+        if accelerator.is_main_process:
+            write_settings(run.settings, temporary / "training_state")
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(path, error, output_dir) from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        put_checkpoint(temporary, path, run.args.checkpoints_total_limit)
+    logger.info(f"saved {path}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the concept, its files, and which of them are sample images."""
+
+    concept: Concept
+    files: list[str]
+    images: list[str]
+
+
+def save_result(run: Run) -> Result:
+    """Write weights, tokens, sample images and model card into the output folder.
+
+    Raises:
+        UserError: where the weights cannot be written.
+    """
+    args, folder = run.args, Path(run.args.output_dir)
+    concept = run.learned()
+    # Weights first: whatever happens to the images, what was learned is safe.
+    try:
+        files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
+    except (OSError, RuntimeError) as error:
+        raise cannot_write(folder, error, folder) from error
+    if args.no_safe_serialization:
+        # An earlier run's safetensors would be preferred to what this one has just written.
+        for name in files:
+            (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
+    images = []
+    for number, image in enumerate(validate(run, run.steps.stop, "test")):
+        images.append(f"image_{number}.png")
+        write_image(folder / images[-1], image, "PNG")
+    card = render_card(run, concept, run.steps.stop, images)
+    write_whole(folder / CARD_NAME, lambda file: file.write(card))
+    return Result(concept, [*files, *images, CARD_NAME], images)
+
+
+def publish(run: Run, result: Result) -> str:
+    """Upload exactly the files of the result; gives the address.
+
+    Raises:
+        UserError: where the upload fails; the message says how to try again.
+    """
+    args, folder = run.args, Path(run.args.output_dir)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in result.files}
+    if not is_hub_id(args.pretrained_model_name_or_path):
+        # The Hub refuses a card whose base model is no model of its own, and a local path is nobody's business.
+        logger.warning("the base model is a local folder: the card on the Hub will not name it")
+        concept = replace(result.concept, base_model=None)
+        contents[CARD_NAME] = render_card(run, concept, run.steps.stop, result.images)
+    return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
+
+
+def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], address: str | None) -> None:
+    """What a user wants to know at the end, and what to type next."""
+    args = run.args
+    prompt = args.validation_prompt or run.concepts[0].instance_prompt
+    command = ["python", "infer.py", "--prompt", prompt]
+    if args.output_dir != DEFAULT_MODEL:
+        command += ["--model_dir", args.output_dir]
+    print(f"\n{run.steps.stop} steps, {seconds_per_step:.2f} s each, at most {peak_memory()}.")
+    print(f"In {args.output_dir}: {', '.join(names)}" + (f", and on {address}" if address else ""))
+    print(f"See your concept:\n  {shlex.join(command)}")
+
+
+def finish(run: Run, seconds_per_step: float) -> None:
+    """Save what was learned, publish it where that is asked for, and say where everything is."""
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        result = save_result(run)
+        address = publish(run, result) if run.args.push_to_hub else None
+        print_summary(run, seconds_per_step, result.files, address)
+    accelerator.wait_for_everyone()
+    # Freed in this order, two processes end cleanly even on a busy machine.
+    accelerator.end_training()
+    run.model = run.optimizer = run.lr_scheduler = None
+    accelerator.free_memory()
