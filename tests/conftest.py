@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 import train_custom_diffusion
 from benchmarks.random_model import build_random_model
+from custom_diffusion.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +89,24 @@ def flags(base_model: Path, images: Path, output_dir: Path, **more: object) -> l
     return [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
     ]
+
+
+class Prepared(Exception):
+    """Ends a run before its first step."""
+
+
+def prepare(argv: list[str]) -> Run:
+    """All that a training run does before its first step, in this process."""
+    prepared: list[Run] = []
+
+    def stop(run: Run) -> float:
+        prepared.append(run)
+        raise Prepared
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Prepared):
+        patch.setattr(train_custom_diffusion, "train", stop)
+        train_custom_diffusion.main(argv)
+    return prepared.pop()
 
 
 @pytest.fixture

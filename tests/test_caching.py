@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTokenizer
 
-import train_custom_diffusion
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.data.caching import read_posterior
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.errors import UserError
 from custom_diffusion.training.frozen_layers import FrozenGroupNorm
-from custom_diffusion.training.run import Run, prepare_run, training_batches, validate
-from tests.conftest import draw_images, flags
-from train_custom_diffusion import parse_args, train
+from custom_diffusion.training.run import Run, training_batches
+from custom_diffusion.training.saving import validate
+from tests.conftest import draw_images, flags, prepare
+from train_custom_diffusion import train
 
 Train = Callable[[list[str]], None]
 
@@ -225,7 +225,7 @@ def test_a_prompt_fits_its_variant(base_model: Path) -> None:
 
 @pytest.fixture
 def start() -> Callable[[list[str]], Run]:
-    return lambda argv: prepare_run(parse_args(argv))
+    return prepare
 
 
 def vaes() -> list[AutoencoderKL]:
@@ -243,14 +243,14 @@ def test_the_vae_is_gone_while_training(
     assert len(validate(run, 1, "validation")) == 1
     assert not vaes(), "loaded for the images, and gone again"
     assert weights not in Path("/proc/self/maps").read_text()
-    train(run, first_step=0)
+    train(run)
 
 
 def test_without_the_cache_the_vae_stays(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out", no_latent_cache=True))
-    assert vaes() == [run.vae]
+    assert vaes() == [run.latents.vae]
     assert not run.dataset.posteriors
 
 
@@ -259,8 +259,8 @@ def test_torch_compile_leaves_the_model_as_it_is_for_images(
 ) -> None:
     argv = command(base_model, tmp_path, "out", validation_prompt="<new1>", num_validation_images=1)
     compiled, plain = (start(argv + flag) for flag in (["--torch_compile"], ["--torch_compile=False", "--overwrite"]))
-    assert compiled.module.predict != compiled.module.unet.forward, "compiled when it is first called"
-    assert plain.module.predict == plain.module.unet.forward
+    assert compiled.module.unet_forward != compiled.module.unet.forward, "compiled when it is first called"
+    assert plain.module.unet_forward == plain.module.unet.forward
     assert validate(compiled, 1, "validation"), "at once: nothing is compiled for it"
 
 
@@ -268,7 +268,7 @@ def test_gradients_are_dropped_between_steps(
     start: Callable[[list[str]], Run], base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out", max_train_steps=1))
-    train(run, first_step=0)
+    train(run)
     assert all(parameter.grad is None for parameter in run.module.trained().values())
 
 
@@ -280,7 +280,7 @@ def test_a_cpu_keeps_little_of_wide_layers(
     unet = run.module.unet
     assert unet.down_blocks[0].attentions[0].gradient_checkpointing == wide
     assert isinstance(unet.down_blocks[0].resnets[0].norm1, FrozenGroupNorm) == wide
-    assert run.module.text_encoder.is_gradient_checkpointing == wide
+    assert run.module.text_encoders["text_encoder"].is_gradient_checkpointing == wide
     assert not unet.mid_block.attentions[0].gradient_checkpointing, "has few pixels"
     last = unet.up_blocks[-1].attentions[-1]
     assert not last.gradient_checkpointing, "is needed at once"
@@ -292,7 +292,7 @@ def test_a_cpu_keeps_little_of_wide_layers(
 def rows_encoded(run: Run) -> list[int]:
     """How many captions go through the text encoder at each call from here on."""
     rows: list[int] = []
-    run.module.text_encoder.register_forward_pre_hook(
+    run.module.text_encoders["text_encoder"].register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
     )
     return rows
@@ -302,9 +302,9 @@ def test_class_captions_are_encoded_once(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out"))
-    assert list(run.dataset.text_features) == ["class"]
+    assert list(run.dataset.conditioning) == ["class"]
     rows = rows_encoded(run)
-    train(run, first_step=0)
+    train(run)
     assert rows == [2] * 4, "the two instance captions of each step, and not the class captions"
 
 
@@ -314,7 +314,7 @@ def test_without_new_words_the_text_encoder_is_not_needed(
     argv = command(base_model, tmp_path, "out", modifier_token=None, instance_prompt="a cat", validation_prompt="cat")
     run = start(argv)
     rows = rows_encoded(run)
-    train(run, first_step=0)
+    train(run)
     assert rows == []
     assert validate(run, 4, "test"), "images can be made all the same"
 
@@ -323,13 +323,12 @@ def test_encoded_captions_give_the_loss_of_their_ids(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out"))
-    (batch, *_) = training_batches(run, 0)
-    noise = batch.pop("posterior_noise")
-    latents = train_custom_diffusion.sample_latents(batch.pop("posterior"), noise, run.scaling_factor)
+    (batch, *_) = training_batches(run)
+    latents = run.latents.draw(batch)
     expected = run.module(latents, **batch)[0]
-    class_ids = run.dataset.tokenize("cat").expand(2, -1)
-    assert len(batch.pop("text_features")) == 2
-    batch["input_ids"] = torch.cat([batch["input_ids"], class_ids])
+    class_ids = run.dataset.tokenize("cat")["text_encoder"].expand(2, -1)
+    assert len(batch.pop("conditioning")["features"]) == 2
+    batch["input_ids"] = {"text_encoder": torch.cat([batch["input_ids"]["text_encoder"], class_ids])}
     assert torch.allclose(run.module(latents, **batch)[0], expected, rtol=1e-6)
 
 
@@ -337,9 +336,9 @@ def test_a_class_caption_with_a_new_word_is_encoded_at_every_step(
     start: Callable[[list[str]], Run], train_here: Train, base_model: Path, tmp_path: Path
 ) -> None:
     run = start(command(base_model, tmp_path, "out", class_prompt="a cat, no <new1>"))
-    assert not run.dataset.text_features
+    assert not run.dataset.conditioning
     rows = rows_encoded(run)
-    train(run, first_step=0)
+    train(run)
     assert rows == [4] * 4
 
 

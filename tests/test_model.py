@@ -12,20 +12,24 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.families import StableDiffusion
+from custom_diffusion.training.attention import swap_attention_processors
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
 from custom_diffusion.training.objective import CustomDiffusion, custom_diffusion_loss
-from custom_diffusion.training.tokens import add_modifier_tokens
+from custom_diffusion.training.tokens import add_modifier_tokens, train_new_words
 
 
-def load(folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), **options: object) -> CustomDiffusion:
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return CustomDiffusion(
-        CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        UNet2DConditionModel.from_pretrained(folder / "unet"),
-        DDPMScheduler.from_pretrained(folder / "scheduler"),
-        add_modifier_tokens(tokenizer, tokens, ["ktn", "pll", "ucd"][: len(tokens)]),
-        **options,
-    )
+def load(
+    folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), train_q_out: bool = False, **options: object
+) -> CustomDiffusion:
+    model, family = BaseModel(str(folder)), StableDiffusion()
+    modifier_tokens = add_modifier_tokens(model.tokenizers(family), tokens, ["ktn", "pll", "ucd"][: len(tokens)])
+    text_encoders, unet = model.text_encoders(family), model.unet()
+    train_new_words(text_encoders, modifier_tokens)
+    swap_attention_processors(unet, train_q_out)
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    return CustomDiffusion(family, text_encoders, unet, scheduler, modifier_tokens, **options)
 
 
 def batch(model: CustomDiffusion, ids: list[int] | None = None) -> dict[str, torch.Tensor]:
@@ -35,7 +39,7 @@ def batch(model: CustomDiffusion, ids: list[int] | None = None) -> dict[str, tor
         "latents": torch.randn(2, 4, 8, 8, generator=generator),
         "noise": torch.randn(2, 4, 8, 8, generator=generator),
         "timesteps": torch.tensor([10, 900]),
-        "input_ids": torch.tensor([ids, ids]),
+        "input_ids": {"text_encoder": torch.tensor([ids, ids])},
         "mask": torch.ones(2, 1, 8, 8),
     }
 
@@ -46,11 +50,11 @@ def batch(model: CustomDiffusion, ids: list[int] | None = None) -> dict[str, tor
 def test_initializers_are_vocabulary_entries_first(base_model: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
     added = add_modifier_tokens(
-        tokenizer, ["<a>", "<b>", "<c>", "<d>", "<e>"], ["ktn", "cat", "cat</w>", "teapot", "Cat"]
+        {"text_encoder": tokenizer}, ["<a>", "<b>", "<c>", "<d>", "<e>"], ["ktn", "cat", "cat</w>", "teapot", "Cat"]
     )
-    assert added.ids == [49408, 49409, 49410, 49411, 49412]
+    assert added.ids["text_encoder"] == [49408, 49409, 49410, 49411, 49412]
     # 'cat' inside a word, 'cat' as a word, and two words that are no entries as written but one token.
-    assert added.initializer_ids == [42170, 1481, 2368, 40749, 2368]
+    assert added.initializer_ids["text_encoder"] == [42170, 1481, 2368, 40749, 2368]
     assert tokenizer("photo of a <a> cat", add_special_tokens=False).input_ids == [1125, 539, 320, 49408, 2368]
 
 
@@ -58,8 +62,8 @@ def test_the_new_rows_start_from_their_initializers(base_model: Path) -> None:
     model = load(base_model)
     table = CLIPTextModel.from_pretrained(base_model / "text_encoder").get_input_embeddings().weight
     learned = model.learned("base").tokens
-    assert torch.equal(learned["<new1>"], table[42170])
-    assert torch.equal(learned["<new2>"], table[47629])
+    assert torch.equal(learned["<new1>"]["text_encoder"], table[42170])
+    assert torch.equal(learned["<new2>"]["text_encoder"], table[47629])
 
 
 def test_known_words_are_encoded_as_before(base_model: Path) -> None:
@@ -67,15 +71,17 @@ def test_known_words_are_encoded_as_before(base_model: Path) -> None:
     ids = torch.tensor([[49406, 1125, 42170, 2368, 49407, 49407]])
     new = torch.tensor([[49406, 1125, 49408, 2368, 49407, 49407]])
     model = load(base_model)
-    assert torch.equal(model.encode_prompts(ids), plain(ids)[0])
-    assert torch.equal(model.encode_prompts(new), plain(ids)[0]), "a new word is its initializer before training"
+    assert torch.equal(model.encode_prompts({"text_encoder": ids})["features"], plain(ids)[0])
+    assert torch.equal(model.encode_prompts({"text_encoder": new})["features"], plain(ids)[0]), (
+        "a new word is its initializer before training"
+    )
 
 
 @pytest.mark.parametrize(("train_q_out", "projections"), [(False, {"k", "v"}), (True, {"k", "v", "q", "out"})])
 def test_only_the_documented_parameters_are_trained(base_model: Path, train_q_out: bool, projections: set[str]) -> None:
     model = load(base_model, train_q_out=train_q_out)
     trained = model.trained()
-    rows = [name for name in trained if name.startswith("text_encoder.")]
+    rows = [name for name in trained if name.startswith("text_encoders.")]
     assert [tuple(trained[name].shape) for name in rows] == [(2, 32)], "the new rows, not the table"
     others = set(trained) - set(rows)
     assert all(".attn2.processor." in name and "_custom_diffusion" in name for name in others)
@@ -136,7 +142,9 @@ def test_what_is_trained_stays_full_precision(base_model: Path, dtype: torch.dty
     for key, value in model.learned("base").attention.items():
         original = exact[key.replace(".processor.", ".").replace("_custom_diffusion", "")]
         assert torch.equal(value, original), "copied before the rounding"
-    assert model.unet.dtype == model.text_encoder.dtype == dtype, "what pipelines take for the model's type"
+    assert model.unet.dtype == model.text_encoders["text_encoder"].dtype == dtype, (
+        "what pipelines take for the model's type"
+    )
     loss = model(**batch(model))[0]
     loss.backward()
     assert loss.dtype == torch.float32
@@ -286,7 +294,7 @@ def test_the_target_is_what_the_base_model_predicts(name: str, request: pytest.F
     velocity = alpha * inputs["noise"] - sigma * inputs["latents"]
     target = velocity if name == "base_model_v" else inputs["noise"]
     with torch.no_grad():
-        prediction = model.unet(noisy, inputs["timesteps"], model.encode_prompts(inputs["input_ids"])).sample
+        prediction = model.unet(noisy, inputs["timesteps"], model.encode_prompts(inputs["input_ids"])["features"]).sample
         expected = (prediction - target).square().sum([1, 2, 3]).div(64).mean()
         assert torch.allclose(model(**inputs)[0], expected, rtol=1e-5)
 
