@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import CLIPTokenizer
 
 import train_custom_diffusion
 from benchmarks.random_model import build_random_model
+from custom_diffusion.models.families import StableDiffusion
 from custom_diffusion.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +56,17 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 2.x in small: another width, and velocity is predicted."""
     return build_random_model("tiny-v", tmp_path_factory.mktemp("models") / "tiny-v")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_model: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenize(tokenizer: CLIPTokenizer) -> Callable[[str], dict[str, Tensor]]:
+    """A prompt to its ids, as datasets take it."""
+    return partial(StableDiffusion().tokenize, {"text_encoder": tokenizer})
 
 
 def draw_images(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:
