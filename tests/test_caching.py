@@ -457,7 +457,7 @@ def test_losses_that_are_read_later_are_logged_at_their_steps(
     more = {"max_train_steps": 7, "checkpointing_steps": 5, "report_to": "tensorboard"}
     train_here(command(base_model, tmp_path, "each", **more))
     run = start(command(base_model, tmp_path, "later", **more))
-    train(run, first_step=0, read_every=3)
+    train(run, read_every=3)
     run.accelerator.end_training()
     assert len(losses(tmp_path / "each")) == 7
     assert np.array_equal(losses(tmp_path / "later"), losses(tmp_path / "each"))
@@ -469,5 +469,5 @@ def test_a_broken_loss_is_found_before_the_next_checkpoint(
 ) -> None:
     run = start(command(base_model, tmp_path, "out", max_train_steps=9, learning_rate=1e30, checkpointing_steps=5))
     with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*there is no checkpoint yet"):
-        train(run, first_step=0, read_every=1000)
+        train(run, read_every=1000)
     assert not list((tmp_path / "out").glob("*checkpoint*"))
