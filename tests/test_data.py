@@ -15,10 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+import train_custom_diffusion
 from custom_diffusion.concept.prompts import side_by_side
 from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.class_images import PromptDataset
-from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.data.views import Renderer, View
@@ -471,3 +472,38 @@ def test_broken_captions_get_one_line(name: str, content: str | bytes, words: st
         captioned(tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- byte order marks ----------------------------------------------------------------------------
+
+MARKED = ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]
+
+
+def marked(text: str, encoding: str) -> bytes:
+    """Text as editors write it that put a byte order mark in front."""
+    return (text if encoding in ("utf-8-sig", "utf-16", "utf-32") else f"\ufeff{text}").encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", MARKED)
+def test_a_byte_order_mark_makes_no_difference(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folder = retrieved(tmp_path / "real", ["a cat", "été"])
+    for name in ("images.txt", "caption.txt"):
+        path = tmp_path / "real" / name
+        path.write_bytes(marked(path.read_text(encoding="utf-8"), encoding))
+    found = find_class_images([class_folder], 2, real_prior=True)
+    assert [(path.name, caption) for path, caption in found] == [("0.png", "a cat"), ("1.png", "été")]
+
+    folder = draw_images(tmp_path / "own", 3)
+    (folder / "0.txt").write_bytes(marked("<new1> schläft", encoding))
+    (folder / "metadata.jsonl").write_bytes(marked('{"file_name": "1.png", "text": "<new1> 1"}\n', encoding))
+    (folder / "metadata.csv").write_bytes(marked("file_name,text\n2.png,<new1> 2\n", encoding))
+    assert captioned(folder) == {"0.png": "<new1> schläft", "1.png": "<new1> 1", "2.png": "<new1> 2"}
+
+    (tmp_path / "list.json").write_bytes(
+        marked(json.dumps([{"instance_prompt": "<new1>", "instance_data_dir": str(folder)}]), encoding)
+    )
+    (tmp_path / "run.yaml").write_bytes(marked("concepts_list: list.json\nseed: 3\n", encoding))
+    monkeypatch.chdir(tmp_path)
+    args = train_custom_diffusion.parse_args(["--config=run.yaml", "--pretrained_model_name_or_path=x"])
+    assert args.seed == 3
+    assert [one.instance_folder for one in read_concepts(args)] == [folder]
