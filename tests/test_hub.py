@@ -132,7 +132,7 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     for number, (name, word) in enumerate([("cat", "cat"), ("cat@v1", "cat"), ("pot@v1", "wooden pot")], 1):
         torch.manual_seed(number)
         attention = {key: value + 0.02 * torch.randn_like(value) for key, value in projections.items()}
-        concept = Concept(attention, {"<new1>": torch.randn(32)}, "someone/tiny")
+        concept = Concept(attention, {"<new1>": {"text_encoder": torch.randn(32)}}, "someone/tiny")
         folder = tmp_path / name
         save_concept(concept, folder, bin_too=False)
         (folder / "README.md").write_text(model_card(concept, [f"photo of a <new1> {word}"], {}))
