@@ -160,7 +160,7 @@ class HubDataset(Source):
             import datasets
         except ImportError as error:
             raise UserError(
-                "--source dataset needs the package datasets: pip install -r requirements-datasets.txt"
+                '--source dataset needs the package datasets: pip install ".[datasets]"'
             ) from error
         self._datasets = datasets
 

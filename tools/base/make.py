@@ -75,7 +75,7 @@ def loss_curves(work: Path, file: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise RuntimeError("the loss curves are drawn by matplotlib: pip install -r requirements-base.txt") from error
+        raise RuntimeError('the loss curves are drawn by matplotlib: pip install ".[tools]"') from error
 
     # What was taken over from another model has no log.
     logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
