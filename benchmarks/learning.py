@@ -143,7 +143,7 @@ def weigh(*folders: Path) -> Path:
 
 
 def load_designs() -> dict[str, np.ndarray]:
-    """`set/name` to RGBA uint8 (80, 80, 4), of the drawings that come with the tests (base/make_examples.py)."""
+    """`set/name` to RGBA uint8 (80, 80, 4), of the drawings that come with the tests (tools/base/make_examples.py)."""
     return {
         f"{path.parent.name}/{path.stem}": np.asarray(Image.open(path).convert("RGBA"))
         for path in sorted(DESIGNS.glob("*/*.png"))
@@ -189,7 +189,7 @@ def with_untrained_token() -> StableDiffusionPipeline:
     """The control: the base model with `<new1>` as training starts it, the copy of a rare word's embedding."""
     pipeline = load_base()
     rare = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids(RARE)]
-    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: rare.detach().clone()}))
+    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: {"text_encoder": rare.detach().clone()}}))
     return pipeline
 
 

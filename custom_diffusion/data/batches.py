@@ -12,14 +12,14 @@ import torch
 _NAMES = {"images": "pixel_values", "posterior": "posterior", "prompt_ids": "input_ids", "conditioning": "conditioning"}
 
 
-def position_batches(first: int, count: int, batch_size: int, process: int, num_processes: int) -> list[range]:
+def position_batches(first: int, count: int, batch_size: int, process: int, num_processes: int) -> list[list[int]]:
     """Which items of the stream this process takes: batches ``first`` to ``first + count - 1`` of its own.
 
     All processes together walk through the stream without gap or overlap, so two with a batch of one see what one
     with a batch of two sees.
     """
     starts = ((batch * num_processes + process) * batch_size for batch in range(first, first + count))
-    return [range(start, start + batch_size) for start in starts]
+    return [list(range(start, start + batch_size)) for start in starts]
 
 
 def collate_fn(

@@ -35,7 +35,7 @@ def dataset_folder(name: str, cache: Path) -> Path:
     except ImportError as error:
         raise UserError(
             f"there is no folder {name!r} (instance_data_dir); to take it for a dataset on the Hub, "
-            "pip install -r requirements-datasets.txt"
+            'pip install ".[datasets]"'
         ) from error
     repository, _, revision = name.partition("@")
     try:

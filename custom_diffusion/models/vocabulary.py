@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from custom_diffusion.errors import UserError
 
@@ -36,14 +37,20 @@ def add_words(tokenizer: Any, words: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def add_embeddings(text_encoder: nn.Module, tokenizer: Any, vectors: Mapping[str, Tensor]) -> None:
+def add_embeddings(text_encoder: PreTrainedModel, tokenizer: Any, vectors: Mapping[str, Tensor]) -> None:
     """Give a text encoder the embeddings of words that its tokenizer knows; its table grows where it is too short.
 
     Args:
         vectors: word to embedding, (text width,).
     """
-    if len(tokenizer) > len(text_encoder.get_input_embeddings().weight):
+    if len(tokenizer) > len(_table(text_encoder)):
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table = text_encoder.get_input_embeddings().weight
+    table = _table(text_encoder)
     for word, vector in vectors.items():
         table[tokenizer.convert_tokens_to_ids(word)] = vector.to(table.device, table.dtype)
+
+
+def _table(text_encoder: PreTrainedModel) -> Tensor:
+    table = text_encoder.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table
