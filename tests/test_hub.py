@@ -122,6 +122,7 @@ def put(hub: Hub, name: str, folder: Path) -> None:
     hub.files[name] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     put(hub, "someone/tiny", base_model)
     projections = BaseModel(str(base_model)).projections(
@@ -167,6 +168,7 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     assert "error: there is no folder 'someone/cat@v9', and the Hub does not give it either" in result.stderr
 
 
+@pytest.mark.long
 def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     put(hub, "someone/tiny", base_model)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -180,6 +182,7 @@ def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 1
 
 
+@pytest.mark.long
 def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, images: Path, tmp_path: Path) -> None:
     files = {f"train/{path.name}": path.read_bytes() for path in sorted(images.iterdir())[:3]}
     captions = [json.dumps({"file_name": f"{number}.png", "text": f"<new1> cat, {number}"}) for number in range(3)]
