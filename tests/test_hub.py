@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.formats import key_of_parameter
+from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import ROOT, flags, run_script
 from tests.hub_server import Hub, card_errors
@@ -125,11 +126,12 @@ def put(hub: Hub, name: str, folder: Path) -> None:
 @pytest.mark.long
 def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     put(hub, "someone/tiny", base_model)
-    projections = BaseModel(str(base_model)).projections(
+    keys = [
         key_of_parameter(name)
         for name, _ in StableDiffusionPipeline.from_pretrained(base_model).unet.named_parameters()
         if "attn2.to_k" in name or "attn2.to_v" in name
-    )
+    ]
+    projections = original_projections(BaseModel(str(base_model)), keys)
     for number, (name, word) in enumerate([("cat", "cat"), ("cat@v1", "cat"), ("pot@v1", "wooden pot")], 1):
         torch.manual_seed(number)
         attention = {key: value + 0.02 * torch.randn_like(value) for key, value in projections.items()}

@@ -167,3 +167,9 @@ def text_models_of(family: Family, pipeline: Any) -> tuple[dict[str, Any], dict[
     """The tokenizers and the text encoders of a pipeline, both by the text encoder's name."""
     tokenizers = {part.name: getattr(pipeline, part.tokenizer) for part in family.text_encoders}
     return tokenizers, {part.name: getattr(pipeline, part.name) for part in family.text_encoders}
+
+
+def family_with(text_encoders: Collection[str]) -> Family | None:
+    """The family that has exactly these text encoders, by name, such as the vectors of a token are for."""
+    wanted = set(text_encoders)
+    return next((family for family in FAMILIES if {part.name for part in family.text_encoders} == wanted), None)
