@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from hypothesis import settings
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTokenizer
+
     from custom_diffusion.training.run import Run
 
 # torch and what needs it are imported where they are used: tests that need neither begin at once.
@@ -100,6 +104,21 @@ def base_model(make_once: MakeOnce) -> Path:
 def base_model_v(make_once: MakeOnce) -> Path:
     """Stable Diffusion 2.x in small: another width, and velocity is predicted."""
     return make_once("tiny-v", lambda folder: random_model("tiny-v", folder))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_model: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenize(tokenizer: CLIPTokenizer) -> Callable[[str], dict[str, Tensor]]:
+    """A prompt to its ids, as datasets take it."""
+    from custom_diffusion.models.families import StableDiffusion
+
+    return partial(StableDiffusion().tokenize, {"text_encoder": tokenizer})
 
 
 def draw_images(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:

@@ -25,9 +25,10 @@ from transformers import CLIPTokenizer
 
 from custom_diffusion.command_line import CONFIG_NAME, save_config
 from custom_diffusion.concept.files import Concept, load_concept
+from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.data.dataset import CustomDiffusionDataset, collate_fn, position_batches
+from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import output_folder
 from custom_diffusion.machine import computes_bf16, return_freed_memory, use_all_cores
