@@ -189,7 +189,7 @@ def with_untrained_token() -> StableDiffusionPipeline:
     """The control: the base model with `<new1>` as training starts it, the copy of a rare word's embedding."""
     pipeline = load_base()
     rare = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids(RARE)]
-    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: rare.detach().clone()}))
+    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: {"text_encoder": rare.detach().clone()}}))
     return pipeline
 
 

@@ -13,16 +13,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-import train_custom_diffusion
 from custom_diffusion.concept.files import load_concept
-from custom_diffusion.training.run import prepare_run
-from tests.conftest import ROOT, draw_images, flags, run_script
+from tests.conftest import ROOT, draw_images, flags, prepare, run_script
 from tests.two_processes import digest_of_latents
 
 
 def learned(folder: Path) -> torch.Tensor:
     concept = load_concept(folder)
-    return torch.cat([value.flatten() for value in (concept.attention | concept.tokens).values()])
+    return torch.cat([value.flatten() for value in concept.tensors().values()])
 
 
 def two_processes(*argv: str) -> str:
@@ -114,7 +112,7 @@ def test_two_processes_share_the_encoding(
         )
 
     printed = two_processes(*argv("two", 1))
-    run = prepare_run(train_custom_diffusion.parse_args(argv("one", 2)))
+    run = prepare(argv("one", 2))
     assert len(run.dataset.posteriors) == 9
     assert f"latents {digest_of_latents(run)}\n" in printed, "both have what one process has"
     one, two = (

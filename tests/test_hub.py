@@ -33,6 +33,10 @@ def environment(hub: Hub, cache: Path) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
 
 
+def vector_of(folder: Path) -> torch.Tensor:
+    return load_concept(folder).tokens["<new1>"]["text_encoder"]
+
+
 def test_push_and_load_again(hub: Hub, base_model: Path, images: Path, tmp_path: Path) -> None:
     # The base model is on the Hub too, so that the card may name it.
     hub.files["someone/tiny"] = {
@@ -71,7 +75,10 @@ def test_push_and_load_again(hub: Hub, base_model: Path, images: Path, tmp_path:
     assert not [line for line in hub.seen if ".bin" in line], "no pickle is fetched where safetensors are"
 
     # Somebody's hundreds of gigabytes are not fetched.
-    code = "import concept; concept.MOST_DOWNLOADED_BYTES = 1000; concept.load_concept('someone/my-cat')"
+    code = (
+        "from custom_diffusion.concept import files; files.MOST_DOWNLOADED_BYTES = 1000; "
+        "files.load_concept('someone/my-cat')"
+    )
     result = run_script("python", "-c", code, **environment(hub, tmp_path / "third-home"))
     assert "no concept is that large, refused" in result.stderr
     assert not list((tmp_path / "third-home").rglob("*.safetensors"))
@@ -125,7 +132,7 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     for number, (name, word) in enumerate([("cat", "cat"), ("cat@v1", "cat"), ("pot@v1", "wooden pot")], 1):
         torch.manual_seed(number)
         attention = {key: value + 0.02 * torch.randn_like(value) for key, value in projections.items()}
-        concept = Concept(attention, {"<new1>": torch.randn(32)}, "someone/tiny")
+        concept = Concept(attention, {"<new1>": {"text_encoder": torch.randn(32)}}, "someone/tiny")
         folder = tmp_path / name
         save_concept(concept, folder, bin_too=False)
         (folder / "README.md").write_text(model_card(concept, [f"photo of a <new1> {word}"], {}))
@@ -139,13 +146,13 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     run("merge.py", "--model_dir", "someone/cat@v1", "someone/pot@v1", "--output_dir", "both", "--num_captions=100")
     both = load_concept(tmp_path / "both")
     assert both.base_model == "someone/tiny"
-    assert torch.equal(both.tokens["<new1>"], load_concept(tmp_path / "cat@v1").tokens["<new1>"])
-    assert torch.equal(both.tokens["<new2>"], load_concept(tmp_path / "pot@v1").tokens["<new1>"])
+    assert torch.equal(both.tokens["<new1>"]["text_encoder"], vector_of(tmp_path / "cat@v1"))
+    assert torch.equal(both.tokens["<new2>"]["text_encoder"], vector_of(tmp_path / "pot@v1"))
 
     run("export.py", "--model_dir", "someone/cat@v1", "--format", "lora")
     assert card_errors((tmp_path / "cat-lora" / "README.md").read_text()) == []
     words = load_file(tmp_path / "cat-lora" / "<new1>.safetensors")["emb_params"]
-    assert torch.equal(words[0], load_concept(tmp_path / "cat@v1").tokens["<new1>"])
+    assert torch.equal(words[0], vector_of(tmp_path / "cat@v1"))
 
     images = []
     for name, folder in (("someone/cat", "out"), ("someone/cat@v1", "out1")):

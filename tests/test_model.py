@@ -294,7 +294,8 @@ def test_the_target_is_what_the_base_model_predicts(name: str, request: pytest.F
     velocity = alpha * inputs["noise"] - sigma * inputs["latents"]
     target = velocity if name == "base_model_v" else inputs["noise"]
     with torch.no_grad():
-        prediction = model.unet(noisy, inputs["timesteps"], model.encode_prompts(inputs["input_ids"])["features"]).sample
+        features = model.encode_prompts(inputs["input_ids"])["features"]
+        prediction = model.unet(noisy, inputs["timesteps"], features).sample
         expected = (prediction - target).square().sum([1, 2, 3]).div(64).mean()
         assert torch.allclose(model(**inputs)[0], expected, rtol=1e-5)
 

@@ -22,12 +22,13 @@ import pytest
 import torch
 
 import train_custom_diffusion
-from custom_diffusion.command_line import run_command_line
+from custom_diffusion.command_line import run
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.data.caching import read_posterior
 from custom_diffusion.errors import UserError
+from custom_diffusion.training import run as training_run
 from custom_diffusion.training.checkpoints import cannot_write, checkpoint_step, remove_checkpoint, remove_leftovers
-from custom_diffusion.training.run import check_loss
+from custom_diffusion.training.progress import check_loss
 from tests.conftest import ROOT, draw_images, flags, run_script
 
 # A server that has imported everything forks each run: a start takes a moment, not seconds.
@@ -43,8 +44,8 @@ def train(argv: list[str], log: str, largest_file: int | None = None) -> None:
     torch.set_num_threads(1)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-    train_custom_diffusion.use_all_cores = lambda: None
-    run_command_line(argv)
+    training_run.use_all_cores = lambda: None
+    run(lambda: train_custom_diffusion.main(argv))
 
 
 def start(argv: list[str], log: Path, largest_file: int | None = None) -> ForkServerProcess:
@@ -61,7 +62,7 @@ def finish(argv: list[str], log: Path) -> None:
 
 def learned(folder: Path) -> torch.Tensor:
     concept = load_concept(folder)
-    return torch.cat([value.flatten() for value in (concept.attention | concept.tokens).values()])
+    return torch.cat([value.flatten() for value in concept.tensors().values()])
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def test_a_signal_ends_with_a_checkpoint(
     assert process.exitcode == 128 + number
     (checkpoint,) = (folder / "out").glob("checkpoint-*")
     step = checkpoint.name.removeprefix("checkpoint-")
-    message = f"stopped by {number.name} after step {step}; go on with --resume_from_checkpoint=latest"
+    message = f"stopped by {number.name} after step {step}; continue with --resume_from_checkpoint=latest"
     assert log.read_text().strip().splitlines()[-1] == message
     finish(command(base_model, folder, checkpointing_steps=100), log)
     assert torch.equal(learned(folder / "out"), uninterrupted[0])

@@ -38,7 +38,7 @@ def checkpoints(folder: Path) -> set[str]:
 
 def learned(folder: Path) -> dict[str, torch.Tensor]:
     concept = load_concept(folder)
-    return concept.attention | concept.tokens
+    return concept.tensors()
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -135,7 +135,7 @@ def test_something_was_learned_and_nothing_is_broken(trained: Path, base_model: 
         name = key.replace(".processor.", ".").replace("_custom_diffusion", "")
         assert not torch.allclose(value, pipeline.unet.state_dict()[name], atol=1e-3), f"{name} has not moved"
     start = pipeline.text_encoder.get_input_embeddings().weight[42170]
-    assert not torch.allclose(load_concept(trained).tokens["<new1>"], start, atol=1e-3)
+    assert not torch.allclose(load_concept(trained).tokens["<new1>"]["text_encoder"], start, atol=1e-3)
 
 
 def test_every_checkpoint_is_a_concept(trained: Path, base_model: Path) -> None:
@@ -306,8 +306,8 @@ def test_several_concepts(base_model: Path, images: Path, tmp_path: Path, train_
     tokens = load_concept(tmp_path / "out").tokens
     table = StableDiffusionPipeline.from_pretrained(base_model).text_encoder.get_input_embeddings().weight
     assert list(tokens) == ["<new1>", "<new2>"]
-    assert torch.allclose(tokens["<new1>"], table[42170], atol=0.1)
-    assert torch.allclose(tokens["<new2>"], table[47629], atol=0.1)
+    assert torch.allclose(tokens["<new1>"]["text_encoder"], table[42170], atol=0.1)
+    assert torch.allclose(tokens["<new2>"]["text_encoder"], table[47629], atol=0.1)
 
 
 def test_real_class_images(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:

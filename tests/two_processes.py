@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 import train_custom_diffusion
-from custom_diffusion.training.run import Run, prepare_run, resume, save_result
+from custom_diffusion.training.run import Run
 
 
 def digest_of_latents(run: Run) -> str:
@@ -23,22 +23,21 @@ def digest_of_latents(run: Run) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    """Train with the arguments of the command line."""
-    run = prepare_run(train_custom_diffusion.parse_args(sys.argv[1:]))
-    train_custom_diffusion.train(run, first_step=resume(run))
+def train_and_compare(run: Run) -> float:
+    """In the place of the script's own loop: take the steps, and compare what every process has then."""
+    seconds = train(run)
     mine = torch.cat([parameter.detach().flatten() for parameter in run.module.trained().values()])
     everyone = gather_object([mine])
     digests = gather_object([digest_of_latents(run)])
     if run.accelerator.is_main_process:
-        save_result(run)
         assert len(everyone) == run.accelerator.num_processes
         print("difference", max((other - mine).abs().max().item() for other in everyone))
         print("processes", len(everyone))
         print("latents", *sorted(set(digests)))
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    train = train_custom_diffusion.train
+    train_custom_diffusion.train = train_and_compare
+    train_custom_diffusion.main(sys.argv[1:])

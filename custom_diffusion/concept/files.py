@@ -99,6 +99,11 @@ class Concept:
     differences: dict[str, Tensor] = field(default_factory=dict)
     instance_prompt: str | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was learned, by name: projections, differences, and ``<new1> of text_encoder``."""
+        vectors = {f"{token} of {name}": vector for token, own in self.tokens.items() for name, vector in own.items()}
+        return self.attention | self.differences | vectors
+
 
 def check_token_name(token: str) -> None:
     """Refuse a modifier token that could not safely be a file name of its own.
@@ -243,8 +248,7 @@ def _vectors_of_token(token: str, content: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def _check_finite(concept: Concept) -> None:
-    vectors = {token: vector for token, own in concept.tokens.items() for vector in own.values()}
-    for name, tensor in (concept.attention | concept.differences | vectors).items():
+    for name, tensor in concept.tensors().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 

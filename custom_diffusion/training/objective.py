@@ -178,7 +178,7 @@ class CustomDiffusion(nn.Module):
         Raises:
             UserError: where the concept does not have the same tokens and projections.
         """
-        current, stored = _flat(self.learned(base_model="")), _flat(concept)
+        current, stored = self.learned(base_model="").tensors(), concept.tensors()
         for name, value in current.items():
             if name not in stored or stored[name].shape != value.shape:
                 raise UserError(
@@ -186,8 +186,3 @@ class CustomDiffusion(nn.Module):
                     "--modifier_token and --freeze_model"
                 )
             value.copy_(stored[name])
-
-
-def _flat(concept: Concept) -> dict[str, Tensor]:
-    vectors = {f"{token} of {name}": vector for token, own in concept.tokens.items() for name, vector in own.items()}
-    return concept.attention | vectors
