@@ -13,22 +13,36 @@ from torch import Tensor
 from custom_diffusion.errors import UserError
 
 
+def folded(text: str, tokenizer: Any) -> str:
+    """A text as the tokenizer compares it: CLIP's knows no capital letters, and one form of every accent."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return text.lower() if normalizer is None else normalizer.normalize_str(text)
+
+
 def check_new_words(words: Iterable[str], tokenizer: Any, whose: str = "") -> None:
-    """Make sure that a tokenizer knows none of the words yet.
+    """Make sure that a tokenizer knows none of the words yet, and tells them apart.
 
     Args:
         whose: whose words they are, for the message, such as ``" of 'cat-model'"``.
 
     Raises:
-        UserError: for one that is in its vocabulary.
+        UserError: for one whose folded form is in its vocabulary, or is another's.
     """
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab().keys() | {folded(word, tokenizer) for word in tokenizer.get_added_vocab()}
+    known: dict[str, str] = {}
     for word in words:
-        if word in vocabulary or f"{word}</w>" in vocabulary:
+        form = folded(word, tokenizer)
+        if form in vocabulary or f"{form}</w>" in vocabulary:
             raise UserError(
-                f"the modifier token {word!r}{whose} is in the tokenizer's vocabulary already; "
-                "take another, such as '<new1>'"
+                f"the modifier token {word!r}{whose} is in the tokenizer's vocabulary already"
+                f"{'' if form == word else f', as {form!r}'}; take another, such as '<new1>'"
             )
+        if form in known:
+            raise UserError(
+                f"the modifier tokens {known[form]!r} and {word!r}{whose} are the same word to the tokenizer, which "
+                "ignores capital letters: take names that differ in more than that"
+            )
+        known[form] = word
 
 
 def add_words(tokenizer: Any, words: Sequence[str]) -> list[int]:
