@@ -20,6 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
 
+# Text encoders by name.
+TextEncoders = Mapping[str, Any] | nn.ModuleDict
 # What the UNet is told of captions, by name; the first dimension of every tensor counts the captions.
 Conditioning = dict[str, Tensor]
 
@@ -72,11 +74,10 @@ class Family(ABC):
         }
 
     @abstractmethod
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of N captions.
 
         Args:
-            text_encoders: by name; a ``nn.ModuleDict`` will do.
             input_ids: per text encoder, (N, length).
         """
 
@@ -96,7 +97,7 @@ class Family(ABC):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """A pipeline of models that are in memory already."""
@@ -112,7 +113,7 @@ class StableDiffusion(Family):
         """See :class:`Family`."""
         return "unet" in components and "text_encoder_2" not in components
 
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """``features``, (N, length, text width)."""
         return {"features": text_encoders["text_encoder"](input_ids["text_encoder"])[0]}
 
@@ -127,7 +128,7 @@ class StableDiffusion(Family):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """See :class:`Family`; without a safety checker."""
