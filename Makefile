@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # clip-retrieval cannot share an environment with today's diffusers.
 CLIP_RETRIEVAL_VENV ?= .venv-clip-retrieval
-# Tests at a time; each has as many cores as it would have alone on a machine that much smaller.
+# How many tests run at a time; they share the cores between them.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup test test-all test-learning test-retrieval lint audit demo base clean
 

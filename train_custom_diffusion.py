@@ -236,6 +236,7 @@ from custom_diffusion.training.attention import swap_attention_processors
 from custom_diffusion.training.checkpoints import describe_settings, find_checkpoint
 from custom_diffusion.training.objective import CustomDiffusion
 from custom_diffusion.training.progress import STEPS_BETWEEN_READS, StepRecord, report_steps
+from custom_diffusion.training.prompts import check_prompts
 from custom_diffusion.training.run import (
     Run,
     announce,
@@ -252,7 +253,7 @@ from custom_diffusion.training.run import (
 )
 from custom_diffusion.training.saving import finish, save_checkpoint, validate
 from custom_diffusion.training.signals import StopSignal
-from custom_diffusion.training.tokens import add_modifier_tokens, check_cutmix, parse_modifier_tokens, train_new_words
+from custom_diffusion.training.tokens import add_modifier_tokens, parse_modifier_tokens, train_new_words
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -266,15 +267,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
     concepts = read_concepts(args)
-    tokens, initializers = parse_modifier_tokens(args, concepts)
-    instance_images = find_instance_images(concepts, tokens)
+    tokens, initializers = parse_modifier_tokens(args)
+    instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
     configuration = read_configuration(base_model, args.resolution)
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
-    check_cutmix(args, instance_images, tokenizers)
+    check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
     settings = describe_settings(args, instance_images, concepts, accelerator.num_processes)
     open_output_dir(args, settings, checkpoint, accelerator)
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -153,6 +154,30 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add the flags that say which base model a command loads.
+
+    Args:
+        otherwise: which one that is where none is given, for the help.
+    """
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help=f"Base model; if not given, {otherwise}.")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="Variant of the base model's files, such as fp16.")
+
+
+def end_quietly_on_interrupt() -> None:
+    """From here on, Ctrl-C outside of :func:`run` ends in one line: importing the libraries takes seconds."""
+
+    def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = say
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted: run the same command again") -> None:

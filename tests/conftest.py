@@ -34,7 +34,10 @@ settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a module's fixtures on one of pytest-xdist's workers, or both would make them."""
+    """For pytest-xdist: one worker gets the tests that share a module's fixtures, and the longest tests begin first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
         definitions = item._fixtureinfo.name2fixturedefs.values()
         if any(found[-1].scope == "module" for found in definitions):

@@ -28,7 +28,8 @@ from custom_diffusion.training.tokens import parse_modifier_tokens
 from tests.conftest import draw_images
 from train_custom_diffusion import build_parser, parse_args
 
-# Each example works in one folder that the next may overwrite; a slow one on a busy machine is no failure.
+# How many examples: see conftest.py. Each works in one folder that the next may overwrite; a slow one on a busy machine
+# is no failure.
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Tokenize = Callable[[str], dict[str, torch.Tensor]]
 ANY_TEXT = st.text(max_size=60)

@@ -107,8 +107,8 @@ assert not {"torch", "diffusers", "transformers"} & {*sys.modules}, "nothing is 
 from custom_diffusion import Concept, UserError, apply_concepts, load_concept, save_concept
 assert pathlib.Path(custom_diffusion.__file__).is_relative_to(sys.prefix), custom_diffusion.__file__
 import torch
-save_concept(Concept({}, {"<new1>": torch.ones(4)}), pathlib.Path("concept"))
-assert load_concept("concept").tokens["<new1>"].equal(torch.ones(4))
+save_concept(Concept({}, {"<new1>": {"text_encoder": torch.ones(4)}}), pathlib.Path("concept"))
+assert load_concept("concept").tokens["<new1>"]["text_encoder"].equal(torch.ones(4))
 try:
     load_concept("nowhere")
 except UserError as error:
@@ -128,7 +128,7 @@ TYPED = """
 from custom_diffusion import Concept, apply_concepts, load_concept
 
 concept: Concept = load_concept("my-cat")
-concept.tokens["<new1>"].shape
+print(concept.base_model, len(concept.tokens))
 load_concept(1)
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from custom_diffusion.concept.files import WEIGHTS_STEM, Concept
-from custom_diffusion.concept.merging import Part
+from custom_diffusion.concept.parts import Part
 from custom_diffusion.files import is_hub_id
 
 
@@ -100,14 +100,14 @@ def lora_card(concept: Concept, name: str) -> str:
     for token in concept.tokens:
         comfy = comfy.replace(token, f"embedding:{token}")
     stem = name.removesuffix(".safetensors")
-    base = concept.base_model or "the base model"
+    base_model = concept.base_model or "the base model"
     loads = "".join(
         f'pipeline.load_textual_inversion(folder, weight_name="{token}.safetensors", token="{token}")\n'
         for token in concept.tokens
     )
     data = ModelCardData(
         # The Hub refuses a card whose base model is no model of its own, such as a local folder.
-        base_model=base if is_hub_id(base) else None,
+        base_model=base_model if is_hub_id(base_model) else None,
         license="other",
         license_name="as-the-base-model",
         library_name="diffusers",
@@ -122,7 +122,7 @@ def lora_card(concept: Concept, name: str) -> str:
 
 # LoRA and embeddings of {words}
 
-For {base}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
+For {base_model}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
 
 | program | `{name}` goes to | the words go to | prompt |
 |---|---|---|---|
@@ -137,7 +137,7 @@ A word's name in these programs is the name of its file. Windows allows no angle
 from diffusers import DiffusionPipeline
 
 folder = "."  # or the name on the Hub
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained("{base_model}")
 pipeline.load_lora_weights(folder, weight_name="{name}")
 {loads}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
 ```

@@ -71,7 +71,9 @@ def find_class_images(
             captions = dict(_retrieved_images(folder, _retrieve_command(concept, num_class_images)))
         else:
             captions = {path: concept.class_prompt for path in sorted(folder.iterdir()) if path.is_file()}
-        good, bad, paths = [], [], list(captions)
+        good: list[Path] = []
+        bad: list[Path] = []
+        paths = list(captions)
         # In portions: replacements for broken ones are found without decoding thousands that are not needed.
         while paths and len(good) < num_class_images:
             readable, unreadable = readable_images(paths[:num_class_images])

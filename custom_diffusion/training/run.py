@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,8 +204,9 @@ def build_optimizer(
     if args.scale_lr:
         learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
         learning_rate *= 2.0 if args.with_prior_preservation else 1.0
+    optimizer_class: Callable[..., torch.optim.Optimizer]
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
+        optimizer_class = importlib.import_module("bitsandbytes.optim").AdamW8bit
     else:
         # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
         fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
