@@ -377,8 +377,8 @@ def test_every_image_is_seen_once_an_epoch(images: Path, tokenize: Tokenize) -> 
 # --- captions of single images -----------------------------------------------------------------
 
 
-def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, str]:
-    return {path.name: prompt for path, prompt in find_instance_images([concept(folder)], tokens)}
+def captioned(folder: Path) -> dict[str, str]:
+    return {path.name: prompt for path, prompt in find_instance_images([concept(folder)])}
 
 
 def test_a_text_file_beside_an_image_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -411,13 +411,82 @@ def test_an_image_folders_metadata(column: str, tmp_path: Path) -> None:
         assert captioned(folder) == expected
 
 
-def test_captions_without_the_token_are_named(tmp_path: Path) -> None:
+def test_whatever_lies_beside_an_image_it_has_its_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = (draw_images(tmp_path / "drawn", 1) / "0.png").read_bytes()
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    expected = {}
+    for name, text_name in {
+        "1.png": "1.txt",
+        "1.jpg": "1.txt",  # of one stem
+        "2.PNG": "2.TXT",
+        "3.png": "3.caption",
+        "4.png": "4.png.txt",
+        "5.JPG": "5.jpg.caption",
+        "my.own.cat.png": "my.own.cat.txt",
+        "my.own.cat.2.png": "my.own.cat.2.png.Caption",
+        "no_ending": "no_ending.txt",
+        "a b.png": "a b.txt",
+    }.items():
+        (folder / name).write_bytes(image)
+        (folder / text_name).write_text(f"the <new1> of {text_name}")
+        expected[name] = f"the <new1> of {text_name}"
+    expected["6.png"] = "photo of a <new1> cat"
+    for name in ("6.png", "6-masklabel.png", "1_mask.png", "2.mask.png", "3-condlabel.jpg"):
+        (folder / name).write_bytes(image)
+    # What kohya's scripts, OneTrainer, Lightroom and a Mac leave.
+    for name in ("1.npz", "1_sdxl.npz", "1.json", "2.xmp", "3.safetensors", "4.png.json", "._5.JPG", "Thumbs.db"):
+        (folder / name).write_bytes(b"\0\x05\x16\x07")
+    (folder / "mask").mkdir()
+    (folder / "mask" / "1.png").write_bytes(image)
+    (folder / "7.txt").write_text("of no image")
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        assert captioned(folder) == expected
+    (record,) = caplog.records
+    said = record.getMessage()
+    for name in ("1.npz", "2.xmp", "Thumbs.db", "1_mask.png", "6-masklabel.png", "mask/", "7.txt", "._5.JPG"):
+        assert f"/{name}" in said
+    for name in expected:
+        assert f"cat/{name}," not in said
+
+
+def test_the_first_of_several_texts_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw_images(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,<new1> 0\n")
+    assert captioned(tmp_path) == {"0.png": "<new1> 0"}
+    for number, name in enumerate(("0.caption", "0.txt", "0.png.caption", "0.png.txt"), 1):
+        (tmp_path / name).write_text(f"<new1> {number}")
+        assert captioned(tmp_path) == {"0.png": f"<new1> {number}"}
+    assert "texts of no image" in caplog.text
+    (tmp_path / "0.png.txt").write_text("")
+    assert captioned(tmp_path) == {"0.png": "photo of a <new1> cat"}
+
+
+def test_a_concept_may_be_a_mask(tmp_path: Path) -> None:
+    image = (draw_images(tmp_path / "drawn", 1) / "0.png").read_bytes()
+    (tmp_path / "own").mkdir()
+    for name in ("venetian_mask.png", "mask.png", "a-mask.png"):
+        (tmp_path / "own" / name).write_bytes(image)
+    assert set(captioned(tmp_path / "own")) == {"venetian_mask.png", "mask.png", "a-mask.png"}
+
+
+def test_lines_of_metadata_end_where_csv_says(tmp_path: Path) -> None:
+    draw_images(tmp_path, 2)
+    text = 'file_name,text\r\n0.png,"<new1>\u2028in\x0bthe\nsun"\r\n1.png,<new1> 1\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    assert captioned(tmp_path) == {"0.png": "<new1> in the sun", "1.png": "<new1> 1"}
+
+
+def test_own_class_images_may_lie_beside_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     draw_images(tmp_path, 3)
-    for number, caption in enumerate(["a <new1> cat", "a cat", "a dog"]):
-        (tmp_path / f"{number}.txt").write_text(caption)
-    with pytest.raises(UserError, match=r"the captions of 1\.png, 2\.png do not hold <new1>"):
-        captioned(tmp_path)
-    assert captioned(tmp_path, tokens=())["1.png"] == "a cat", "without tokens any caption will do"
+    (tmp_path / "1-masklabel.png").write_bytes((tmp_path / "1.png").read_bytes())
+    (tmp_path / "1.npz").write_bytes(b"")
+    (tmp_path / "1.txt").write_text("a caption that is not read")
+    entry = concept(tmp_path, class_prompt="cat", class_data_dir=str(tmp_path))
+    found = find_class_images([entry], 10, real_prior=False)
+    assert [(path.name, prompt) for path, prompt in found] == [(f"{number}.png", "cat") for number in range(3)]
+    (record,) = caplog.records
+    assert all(f"/1{name}" in record.getMessage() for name in (".npz", ".txt", "-masklabel.png"))
 
 
 @pytest.mark.parametrize(

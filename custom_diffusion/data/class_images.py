@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.images import LeftOut, find_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import remove_half_written
-from custom_diffusion.images import readable_images, write_image
+from custom_diffusion.images import write_image
 from custom_diffusion.machine import return_freed_memory
 from custom_diffusion.models.base_model import BaseModel
 
@@ -72,7 +73,7 @@ def find_missing(
                 f"{str(folder)!r} holds real class images, as retrieve.py brings them: add --real_prior, "
                 "or give another --class_data_dir for generated ones"
             )
-        present, _ = readable_images([path for path in folder.iterdir() if path.is_file()])
+        present = find_images(folder, LeftOut())
         numbers = [int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdecimal()]
         # Every process has to count before one of them writes.
         accelerator.wait_for_everyone()
