@@ -7,10 +7,12 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
@@ -18,7 +20,7 @@ from transformers import CLIPTokenizer
 import train_custom_diffusion
 from custom_diffusion.concept.prompts import side_by_side
 from custom_diffusion.data.batches import collate_fn, position_batches
-from custom_diffusion.data.class_images import PromptDataset
+from custom_diffusion.data.class_images import PromptDataset, generate_class_images
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
@@ -108,6 +110,148 @@ def test_a_folder_that_was_moved_still_finds_its_images(tmp_path: Path) -> None:
 def test_prompt_dataset_fills_the_gaps() -> None:
     prompts = PromptDataset("cat", 3, taken=[0, 2, 7])
     assert [prompts[i] for i in range(len(prompts))] == [{"prompt": "cat", "index": index} for index in (1, 3, 4)]
+
+
+class Painter:
+    """A base model whose images show their noise and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def pipeline(self, dtype: torch.dtype, **options: object) -> Painter:
+        return self
+
+    def to(self, device: torch.device) -> Painter:
+        return self
+
+    def set_progress_bar_config(self, **options: object) -> None:
+        pass
+
+    def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> SimpleNamespace:
+        self.asked += prompts
+        noise = [(torch.rand(8, 8, 3, generator=one) * 255).byte().numpy() for one in generator]
+        return SimpleNamespace(images=[Image.fromarray(one) for one in noise])
+
+
+def generate(entries: Sequence[ConceptEntry], count: int = 3, seed: int = 42) -> list[str]:
+    """What the painter was asked for."""
+    painter = Painter()
+    args = SimpleNamespace(num_class_images=count, sample_batch_size=2, seed=seed, prior_generation_precision=None)
+    generate_class_images(painter, entries, Accelerator(cpu=True), args)
+    return painter.asked
+
+
+def generated(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jpg"))}
+
+
+def of_class(folder: Path, class_prompt: str = "cat") -> ConceptEntry:
+    return concept(folder.parent, class_prompt=class_prompt, class_data_dir=str(folder))
+
+
+def test_two_folders_of_one_class_prompt_hold_different_images(tmp_path: Path) -> None:
+    generate([of_class(tmp_path / "alone")])
+    both = [of_class(tmp_path / name) for name in ("a", "b", "c")]
+    generate(both)
+    assert generated(tmp_path / "a") == generated(tmp_path / "alone"), "as before there were others"
+    names = [name for folder in "abc" for name in generated(tmp_path / folder)]
+    assert len({name.split("-")[1] for name in names}) == 9
+    found = find_class_images(both, 3, real_prior=False)
+    assert len({path.read_bytes() for path, _ in found}) == len(found) == 9
+    # What is gone is generated again from its own noise.
+    before = generated(tmp_path / "b")
+    (tmp_path / "b" / next(iter(before))).unlink()
+    assert len(generate(both)) == 1
+    assert generated(tmp_path / "b") == before
+
+
+def test_concepts_that_share_a_folder_share_its_images(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "cat")
+    entries = [of_class(tmp_path / "cat"), of_class(tmp_path / "x" / ".." / "cat"), of_class(tmp_path / "link", "Cat ")]
+    assert generate(entries) == ["cat"] * 3, "generated once"
+    assert [path.name for path, _ in find_class_images(entries, 3, real_prior=False)] == list(
+        generated(tmp_path / "cat")
+    ), "and seen once"
+    real = retrieved(tmp_path / "real", ["a", "b"])
+    assert len(find_class_images([real, real], 2, real_prior=True)) == 2
+
+
+def read_list(tmp_path: Path, *entries: ConceptEntry, real_prior: bool = False) -> list[ConceptEntry]:
+    """What a run makes of a list of these concepts."""
+    names = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
+    (tmp_path / "list.json").write_text(
+        json.dumps([{name: getattr(entry, name) for name in names} for entry in entries])
+    )
+    return read_concepts(
+        SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=True, real_prior=real_prior)
+    )
+
+
+def test_images_of_one_class_are_not_taken_for_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cats, plants = of_class(tmp_path / "class"), of_class(tmp_path / "class", "plant")
+    with pytest.raises(UserError, match=r"class' would hold class images of 'cat' and of 'plant': give each"):
+        read_list(tmp_path, cats, plants)
+    generate(read_list(tmp_path, cats))
+    assert json.loads((tmp_path / "class" / "class_images.json").read_text()) == {"class_prompt": "cat"}
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        assert len(find_class_images([cats], 3, real_prior=False)) == 3
+    assert not caplog.records, "the record is no broken image"
+    with pytest.raises(UserError, match=r"generated for 'cat', not for 'plant': give another --class_data_dir, or"):
+        read_list(tmp_path, plants)
+    assert read_list(tmp_path, of_class(tmp_path / "class", "CAT"))
+
+    (tmp_path / "class" / "class_images.json").write_bytes(b'{"class_prompt": 3')
+    with pytest.raises(UserError, match=r"class_images.json' is damaged: remove it if the images beside it show 'cat'"):
+        read_list(tmp_path, cats)
+    # The way out: without images there is nothing to be mistaken.
+    for path in (tmp_path / "class").glob("*.jpg"):
+        path.unlink()
+    generate(read_list(tmp_path, plants))
+    with pytest.raises(UserError, match="generated for 'plant', not for 'cat'"):
+        read_list(tmp_path, cats)
+
+
+def test_folders_of_before_there_were_records_get_one(tmp_path: Path) -> None:
+    generate([of_class(tmp_path / "class")])
+    (tmp_path / "class" / "class_images.json").unlink()
+    entries = read_list(tmp_path, of_class(tmp_path / "class"))
+    assert generate(entries) == []
+    with pytest.raises(UserError, match="generated for 'cat', not for 'plant'"):
+        read_list(tmp_path, of_class(tmp_path / "class", "plant"))
+
+
+def test_class_images_of_ones_own_are_of_any_class(tmp_path: Path) -> None:
+    draw_images(tmp_path / "own", 3)
+    for prompt in ("cat", "plant"):
+        entries = read_list(tmp_path, of_class(tmp_path / "own", prompt))
+        assert generate(entries) == []
+        assert {prompt for _, prompt in find_class_images(entries, 3, real_prior=False)} == {prompt}
+    assert [path.suffix for path in (tmp_path / "own").iterdir()] == [".png"] * 3, "nothing was added"
+    with pytest.raises(UserError, match="would hold class images of 'cat' and of 'plant'"):
+        read_list(tmp_path, of_class(tmp_path / "own"), of_class(tmp_path / "own", "plant"))
+
+
+def test_real_class_images_are_not_mistaken_for_generated_ones(tmp_path: Path) -> None:
+    real = retrieved(tmp_path / "real", ["a", "b"])
+    assert read_list(tmp_path, real, real_prior=True)
+    with pytest.raises(UserError, match=r"holds real class images.*add --real_prior"):
+        read_list(tmp_path, real)
+
+
+def test_the_same_images_from_two_runs_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = of_class(tmp_path / "one"), of_class(tmp_path / "other")
+    generate([one])
+    generate([other])
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        generate([one, other])
+    assert "3 class images are both in" in caplog.text
+    for path in (tmp_path / "other").glob("*.jpg"):
+        path.unlink()
+    caplog.clear()
+    generate([one, other])
+    generate([one, other])
+    assert not caplog.records
+    assert not generated(tmp_path / "one").keys() & generated(tmp_path / "other").keys()
 
 
 # --- samples -------------------------------------------------------------------------------------

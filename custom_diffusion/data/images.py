@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from custom_diffusion.data.captions import find_captions, is_caption_file
+from custom_diffusion.data.class_image_folders import RECORD_NAME, ClassImageFolder, distinct_folders
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import read_text
@@ -52,27 +53,27 @@ def find_instance_images(concepts: Sequence[ConceptEntry]) -> list[tuple[Path, s
 def find_class_images(
     concepts: Sequence[ConceptEntry], num_class_images: int, real_prior: bool
 ) -> list[tuple[Path, str]]:
-    """The class images with their prompts: at most ``num_class_images`` per concept.
+    """The class images with their prompts: at most ``num_class_images`` per folder, which concepts may share.
 
     Raises:
         UserError: where a concept has too few real class images; the message holds the command that gets them.
     """
     pairs = []
     left_out = LeftOut()
-    for concept in concepts:
+    for folder in distinct_folders(concept.class_folder for concept in concepts):
         if not real_prior:
-            images = find_images(concept.class_folder, left_out, most=num_class_images)
-            pairs += [(path, concept.class_prompt) for path in images]
-            texts = [path for path in sorted(concept.class_folder.iterdir()) if is_caption_file(path)]
+            images = find_images(folder.path, left_out, most=num_class_images)
+            pairs += [(path, folder.class_prompt) for path in images]
+            texts = [path for path in sorted(folder.path.iterdir()) if is_caption_file(path)]
             left_out.add("texts, since class images have the class prompt", texts)
             continue
-        command = _retrieve_command(concept, num_class_images)
-        captions = dict(_retrieved_images(concept.class_folder, command))
+        command = _retrieve_command(folder, num_class_images)
+        captions = dict(_retrieved_images(folder.path, command))
         images, bad = _readable(list(captions), num_class_images)
         left_out.add_unreadable(bad)
         if len(images) < num_class_images:
             raise UserError(
-                f"{concept.class_data_dir!r} has {len(images)} readable class images of the {num_class_images} wanted; "
+                f"{str(folder.path)!r} has {len(images)} readable class images of the {num_class_images} wanted; "
                 f"get them with: {command}"
             )
         pairs += [(path, captions[path]) for path in images]
@@ -117,7 +118,7 @@ def find_images(folder: Path, left_out: LeftOut, most: int | None = None) -> lis
     """
     entries = sorted(folder.iterdir())
     left_out.add("folders", [path for path in entries if path.is_dir() and not path.name.startswith(".")])
-    files = [path for path in entries if not path.is_dir() and not is_caption_file(path)]
+    files = [path for path in entries if not path.is_dir() and not is_caption_file(path) and path.name != RECORD_NAME]
     stems = {path.stem for path in files}
     masks = [path for path in files if _is_mask(path.stem, stems)]
     left_out.add("masks", masks)
@@ -145,11 +146,9 @@ def _readable(paths: Sequence[Path], most: int | None) -> tuple[list[Path], list
     return good[:most], bad
 
 
-def _retrieve_command(concept: ConceptEntry, num_class_images: int) -> str:
-    command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt]
-    return shlex.join(
-        [*command, "--class_data_dir", concept.class_data_dir, "--num_class_images", str(num_class_images)]
-    )
+def _retrieve_command(folder: ClassImageFolder, num_class_images: int) -> str:
+    command = ["python", "retrieve.py", "--class_prompt", folder.class_prompt]
+    return shlex.join([*command, "--class_data_dir", str(folder.path), "--num_class_images", str(num_class_images)])
 
 
 def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
