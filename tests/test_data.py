@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from custom_diffusion.data.class_images import PromptDataset, generate_class_ima
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
-from custom_diffusion.data.views import Renderer, View
+from custom_diffusion.data.views import RENDERING_VERSION, Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import load_image
 from tests.conftest import draw_images
@@ -271,6 +272,25 @@ def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenize: Token
     pixels = dataset(stripes(tmp_path / "wide"), tokenize, aug=False)[0]["instance_images"]
     green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1)
     assert (pixels - green).abs().max() < 0.02, "only the middle third is in the centre square"
+
+
+# What the pixels below are, by :data:`views.RENDERING_VERSION`.
+PIXELS = {1: "93e2e653020852b818ffeb7a994950c960ccdf364aceceda2e6d12fed5636ae1"}
+
+
+def test_a_changed_rendering_has_a_version_of_its_own(tmp_path: Path) -> None:
+    y, x = np.mgrid[:90, :130]
+    image = Image.fromarray(np.stack([x * 2 % 256, y * 5 % 256, (x * y) % 256], axis=-1).astype(np.uint8))
+    digest = hashlib.sha256()
+    for mode in ("RGB", "L", "LA"):
+        image.convert(mode).save(tmp_path / "image.png")
+        for size, scale in ((64, 40), (64, 64), (64, 80), (64, None), (24, 20), (24, None)):
+            for padding_mode in ("constant", "edge"):
+                pixels = Renderer(size, size // 8, padding_mode).render(
+                    View(tmp_path / "image.png", True, scale, 0.3, 0.6)
+                )
+                digest.update(((pixels + 1) * 127.5).round().byte().numpy().tobytes())
+    assert digest.hexdigest() == PIXELS[RENDERING_VERSION], "kept latents are of other pixels: raise RENDERING_VERSION"
 
 
 def test_hflip_mirrors_half_of_the_samples(images: Path, tokenize: Tokenize) -> None:
