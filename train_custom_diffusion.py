@@ -14,7 +14,15 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from custom_diffusion.command_line import DEFAULT_MODEL, HelpFormatter, parse_with_config, positive_int, run, switch
+from custom_diffusion.command_line import (
+    DEFAULT_MODEL,
+    HelpFormatter,
+    import_diffusers,
+    parse_with_config,
+    positive_int,
+    run,
+    switch,
+)
 
 # diffusers' and accelerate's names, which would take seconds to import.
 SCHEDULES = (
@@ -210,6 +218,7 @@ def _has_cuda() -> bool:
 
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    import_diffusers()
 
 # The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

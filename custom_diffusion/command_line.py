@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import signal
@@ -206,3 +207,18 @@ def run(main: Callable[[], None], interrupted: str = "interrupted: run the same 
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def import_diffusers() -> None:
+    """Import diffusers as if bitsandbytes were not installed.
+
+    diffusers and peft import it wherever they find it, for models in 4 and 8 bits, which no command loads: that takes
+    seconds, and on some CPUs prints a warning at every start. ``--use_8bit_adam`` imports it itself.
+    """
+    hidden = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's own way to say: not there
+    importlib.import_module("diffusers.loaders.peft")
+    if hidden is None:
+        del sys.modules["bitsandbytes"]
+    else:
+        sys.modules["bitsandbytes"] = hidden
