@@ -99,14 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.table:
         print(energy_table(decompose(concept, originals)))
         return
-    folder = new_folder(args.output_dir)
-    if args.format == "lora":
-        export_lora(concept, originals, args, folder)
-    elif args.format == "delta":
-        export_delta(concept, originals, args, folder)
-    elif base_model is not None:
-        export_pipeline(concept, base_model, args, folder)
-    save_config(args, folder / CONFIG_NAME)
+    with new_folder(args.output_dir) as folder:
+        if args.format == "lora":
+            export_lora(concept, originals, args, folder)
+        elif args.format == "delta":
+            export_delta(concept, originals, args, folder)
+        elif base_model is not None:
+            export_pipeline(concept, base_model, args, folder)
+        save_config(args, folder / CONFIG_NAME)
 
 
 if __name__ == "__main__":
