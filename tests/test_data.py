@@ -47,42 +47,7 @@ def words(example: dict, kind: str, tokenizer: CLIPTokenizer) -> str:
     return tokenizer.decode(example[f"{kind}_prompt_ids"]["text_encoder"], skip_special_tokens=True).strip()
 
 
-# --- reading images ----------------------------------------------------------------------------
-
-
-def test_phone_photographs_come_out_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (20, 10), RED)
-    image.paste(BLUE, (0, 0, 10, 10))  # blue left, red right
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    image.save(tmp_path / "phone.png", exif=exif)
-    upright = load_image(tmp_path / "phone.png")
-    assert upright.size == (10, 20)
-    assert upright.getpixel((5, 2)) == BLUE
-    assert upright.getpixel((5, 17)) == RED
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
-    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    image.convert(mode).save(tmp_path / "logo.png")
-    assert load_image(tmp_path / "logo.png").getpixel((1, 1)) == (0, 0, 0)
-    assert load_image(tmp_path / "logo.png").getpixel((6, 1)) == WHITE
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
-def test_other_modes_become_rgb(mode: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), WHITE).convert(mode).save(tmp_path / "image.tiff")
-    image = load_image(tmp_path / "image.tiff")
-    assert (image.mode, image.getpixel((3, 3))) == ("RGB", WHITE)
-
-
-def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "scan.png")
-    read = np.asarray(load_image(tmp_path / "scan.png"))[..., 0].ravel().astype(int)
-    assert np.abs(read - np.arange(256)).max() <= 1
+# --- instance images ------------------------------------------------------------------------------
 
 
 def test_files_that_are_no_images_are_left_out_with_one_warning(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 

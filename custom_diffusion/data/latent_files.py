@@ -10,7 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
