@@ -126,7 +126,9 @@ def last_checkpoint(output_dir: Path) -> str:
 def way_on(output_dir: Path) -> str:
     """Words about how to continue a run that was ended at once."""
     advice = (
-        "continue with --resume_from_checkpoint=latest" if list_checkpoints(output_dir) else "run the command again"
+        "continue with --resume_from_checkpoint=latest"
+        if list_checkpoints(output_dir)
+        else "run the same command again"
     )
     return f"{last_checkpoint(output_dir)}: {advice}"
 

@@ -188,6 +188,8 @@ def quiet_libraries(accelerator: Accelerator) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # diffusers still passes it to the Hub
+    # accelerate knows no other name for it yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     for library in (transformers, diffusers):
         if accelerator.is_local_main_process:
             library.utils.logging.set_verbosity_warning()
