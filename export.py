@@ -12,6 +12,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    import_diffusers,
     parse_with_config,
     run,
     save_config,
@@ -69,6 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
     end_quietly_on_interrupt()
+    import_diffusers()
 
 import transformers
 from torch import Tensor
@@ -99,14 +101,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.table:
         print(energy_table(decompose(concept, originals)))
         return
-    folder = new_folder(args.output_dir)
-    if args.format == "lora":
-        export_lora(concept, originals, args, folder)
-    elif args.format == "delta":
-        export_delta(concept, originals, args, folder)
-    elif base_model is not None:
-        export_pipeline(concept, base_model, args, folder)
-    save_config(args, folder / CONFIG_NAME)
+    with new_folder(args.output_dir) as folder:
+        if args.format == "lora":
+            export_lora(concept, originals, args, folder)
+        elif args.format == "delta":
+            export_delta(concept, originals, args, folder)
+        elif base_model is not None:
+            export_pipeline(concept, base_model, args, folder)
+        save_config(args, folder / CONFIG_NAME)
 
 
 if __name__ == "__main__":

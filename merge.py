@@ -14,6 +14,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    import_diffusers,
     parse_with_config,
     run,
     save_config,
@@ -62,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
     end_quietly_on_interrupt()
+    import_diffusers()
 
 import time
 from dataclasses import replace
@@ -76,7 +78,8 @@ from custom_diffusion.concept.merging import merge_concepts, weigh_concepts
 from custom_diffusion.concept.parts import Part, concept_prompts, prepare_parts
 from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
-from custom_diffusion.files import new_folder, write_whole
+from custom_diffusion.files import new_folder, write_bytes
+from custom_diffusion.models.base_model import BaseModel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,8 +92,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = prepare_parts(concepts, args.class_words)
     captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
     base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
-    folder = new_folder(args.output_dir)
-    originals = original_projections(base_model, [*concepts[0].attention, *concepts[0].differences])
+    with new_folder(args.output_dir) as folder:
+        merged, outcome = merge_into(folder, args, parts, captions, base_model)
+    phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
+    print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
+    what = "it" if len(merged.tokens) == 1 else "them together"
+    print(f'See {what}:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+
+
+def merge_into(
+    folder: Path, args: argparse.Namespace, parts: Sequence[Part], captions: Sequence[str], base_model: BaseModel
+) -> tuple[Concept, str]:
+    """Merge the parts and write the result; gives it and what to tell of it."""
+    concept = parts[0].concept
+    originals = original_projections(base_model, [*concept.attention, *concept.differences])
     text_models = TextModels.load(base_model)
     text_models.add_tokens(parts)
     if args.prior_weight is None:
@@ -99,12 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         merged, settings, outcome = weigh(parts, originals, text_models, captions, args.prior_weight)
     merged = replace(merged, base_model=base_model.name)
     save_concept(merged, folder)
-    write_whole(folder / CARD_NAME, lambda file: file.write(merged_card(merged, parts, settings)))
+    write_bytes(folder / CARD_NAME, merged_card(merged, parts, settings).encode())
     save_config(args, folder / CONFIG_NAME)
-    phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
-    print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
-    what = "it" if len(merged.tokens) == 1 else "them together"
-    print(f'See {what}:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+    return merged, outcome
 
 
 def merge_exactly(

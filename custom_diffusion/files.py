@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,17 +58,30 @@ def output_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
-def new_folder(path: str | os.PathLike) -> Path:
-    """The folder of ``--output_dir`` for a result that replaces nothing.
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """The folder of ``--output_dir`` for a result that replaces nothing; as it was before, where the result fails.
 
     Raises:
         UserError: where it cannot be made or written to, or holds something.
     """
+    is_new = not Path(path).exists()
     folder = output_folder(path)
     occupied = next(folder.iterdir(), None)
     if occupied is not None:
         raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        # Half a result would keep the same command from being run again.
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -103,6 +118,9 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
     Args:
         path: the file to write; what was there stays until the new content is complete.
         write: called with the open binary file.
+
+    Raises:
+        OSError: where it cannot be written.
     """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
@@ -116,9 +134,19 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        # torch.save hides it behind a RuntimeError about a position in the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            cause.filename = str(path)
+            raise cause from None
         raise
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file's content whole or not at all."""
+    write_whole(path, lambda file: file.write(content))
 
 
 def remove_half_written(folder: Path) -> None:

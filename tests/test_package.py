@@ -113,8 +113,8 @@ try:
     load_concept("nowhere")
 except UserError as error:
     print(error)
-from custom_diffusion.concept.merging import CAPTIONS
-assert len(CAPTIONS.read_text().splitlines()) >= 1000
+captions = pathlib.Path(custom_diffusion.__file__).parent / "concept" / "regularization.txt"
+assert len(captions.read_text().splitlines()) >= 1000
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -92,9 +93,10 @@ def weigh_weights(
         W, (out, width), in float64 like the computation; inputs may have any floating type.
     """
     original, regularization = original.double(), regularization.double()
-    together = sum(target.double() for target in targets)
+    together = reduce(torch.add, (target.double() for target in targets))
     near = NEARNESS * together.diagonal().mean() * torch.eye(len(together), dtype=torch.float64)
-    wanted = sum((own.double() - original) @ (a.double() + near) for own, a in zip(learned, targets, strict=True))
+    changes = ((own.double() - original) @ (a.double() + near) for own, a in zip(learned, targets, strict=True))
+    wanted = reduce(torch.add, changes)
     # The sum is symmetric, so a solve from the left of what is transposed does.
     return original + torch.linalg.solve(together + prior_weight * regularization + near, wanted.T).T
 

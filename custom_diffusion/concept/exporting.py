@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import lora_card
 from custom_diffusion.concept.compression import DTYPES, PAPER_ENERGY, Decomposition, decompose, relative_error
 from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name, vectors_by_key
-from custom_diffusion.files import write_whole
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.text import first_line
 
 
 def export_lora(concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
@@ -31,13 +34,13 @@ def export_lora(concept: Concept, originals: Mapping[str, Tensor], args: argpars
     tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
     name = lora_name(folder, concept)
     data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
-    write_whole(folder / name, lambda file: file.write(data))
+    write_bytes(folder / name, data)
     for token, vectors in concept.tokens.items():
         check_token_name(token)
         content = formats.to_embedding(vectors_by_key(token, vectors))
         embedding = safetensors.torch.save(content, metadata={"format": "pt"})
-        write_whole(folder / f"{token}.safetensors", lambda file, data=embedding: file.write(data))
-    write_whole(folder / CARD_NAME, lambda file: file.write(lora_card(concept, name).encode()))
+        write_bytes(folder / f"{token}.safetensors", embedding)
+    write_bytes(folder / CARD_NAME, lora_card(concept, name).encode())
     biases = [key for key, weight in concept.attention.items() if weight.dim() == 1]
     if biases:
         change = sum((concept.attention[key] - originals[key]).float().square().sum().item() for key in biases)
@@ -94,6 +97,8 @@ def export_pipeline(concept: Concept, base_model: BaseModel, args: argparse.Name
         pipeline.save_pretrained(temporary)
         folder.rmdir()
         temporary.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{str(folder)!r} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f'{folder}: DiffusionPipeline.from_pretrained("{folder}") knows {", ".join(concept.tokens)}')

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from custom_diffusion.concept import formats
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import has_hub_form, is_hub_id, write_whole
+from custom_diffusion.files import has_hub_form, is_hub_id, write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import FAMILIES, family_with
 from custom_diffusion.text import first_line
@@ -129,19 +129,18 @@ def save_concept(
     files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
     written = []
     if safetensors_too:
-        contents = dict(files)
+        contents: dict[str, dict[str, Any]] = dict(files)
         if cpu:
             contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
         for stem, tensors in contents.items():
-            data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-            write_whole(folder / f"{stem}.safetensors", lambda file, data=data: file.write(data))
+            write_bytes(folder / f"{stem}.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
             written.append(f"{stem}.safetensors")
     if bin_too:
         contents = dict(files)
         if cpu:
             contents[WEIGHTS_STEM] = cpu | {name: {} for name in untrained}
         for stem, tensors in contents.items():
-            write_whole(folder / f"{stem}.bin", lambda file, tensors=tensors: torch.save(tensors, file))
+            write_whole(folder / f"{stem}.bin", partial(torch.save, tensors))
             written.append(f"{stem}.bin")
     return written
 
@@ -162,11 +161,13 @@ def load_concept(source: str | os.PathLike) -> Concept:
     folder = path if path.is_dir() else path.parent
     files = _weight_files(folder)
     delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
-    if path.is_file() or (delta is not None and WEIGHTS_STEM not in files):
-        attention, differences, tokens = _read_delta(path if path.is_file() else delta)
+    differences: dict[str, Tensor] = {}
+    if path.is_file():
+        attention, differences, tokens = _read_delta(path)
+    elif delta is not None and WEIGHTS_STEM not in files:
+        attention, differences, tokens = _read_delta(delta)
     else:
         attention, tokens = _read_own_files(files)
-        differences = {}
     if not attention and not differences and not tokens:
         raise UserError(
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
@@ -271,7 +272,8 @@ def _local_path(source: str) -> Path:
             allow_patterns=[pattern, CARD_NAME],
             ignore_patterns=["*/*"],
         )
-        size = sum(file.file_size or 0 for file in wanted(dry_run=True) if file.will_download)
+        plan: Any = wanted(dry_run=True)
+        size = sum(file.file_size or 0 for file in plan if file.will_download)
         if size > MOST_DOWNLOADED_BYTES:
             raise UserError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
         return Path(wanted())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def weigh_concepts(
     for key, original in originals.items():
         learned = [whole[key] for whole in wholes]
         attention[key] = weigh_weights(original, learned, targets, regularization, prior_weight).float()
-        change, change_before = attention[key] - original, sum(own - original for own in learned)
+        change = attention[key] - original
+        change_before = reduce(torch.add, (own - original for own in learned))
         moved += (change.double() @ regularization * change).sum().item()
         moved_before += (change_before.double() @ regularization * change_before).sum().item()
     return Concept(attention, _tokens(parts)), math.sqrt(moved / moved_before) if moved_before else 1.0

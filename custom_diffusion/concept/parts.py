@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from custom_diffusion.concept.files import Concept, check_token_name
@@ -94,8 +94,16 @@ def free_name(token: str, taken: set[str]) -> str:
 
 
 def _rename(text: str, names: Mapping[str, str]) -> str:
-    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return re.sub(pattern, lambda match: names[match[0]], text)
+    return _substitute(_any_of(names), names, text)
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern of them, the longest first: "cat face" has "cat" in it."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+
+
+def _substitute(pattern: str, replacements: Mapping[str, str], text: str) -> str:
+    return re.sub(pattern, lambda match: replacements[match[0]], text)
 
 
 def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
@@ -111,11 +119,10 @@ def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
         if words:
             phrases_of.setdefault(words, []).append(phrase)
     if phrases_of:
-        # The longest first: "cat face" has "cat" in it.
-        classes = re.compile(rf"\b({'|'.join(map(re.escape, sorted(phrases_of, key=len, reverse=True)))})\b")
+        classes = rf"\b({_any_of(phrases_of)})\b"
         # Two tokens may be of one class: each gets its turn in every caption.
         for turn in range(max(map(len, phrases_of.values()))):
             chosen = {words: phrases[turn % len(phrases)] for words, phrases in phrases_of.items()}
-            named = [classes.sub(lambda match, chosen=chosen: chosen[match[0]], caption) for caption in captions]
+            named = [_substitute(classes, chosen, caption) for caption in captions]
             prompts += [prompt for prompt, caption in zip(named, captions, strict=True) if prompt != caption]
     return prompts

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.training.checkpoints import SETTINGS_NAME, check_settings, write_settings
+from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 from tools.base import train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
 from tools.base.progress import device
