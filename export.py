@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-from torch import Tensor
-
-from custom_diffusion.command_line import CONFIG_NAME, HelpFormatter, parse_with_config, run, save_config
-from custom_diffusion.concept.applying import complete, original_projections
-from custom_diffusion.concept.compression import DTYPES, decompose, energy_table
-from custom_diffusion.concept.exporting import export_delta, export_lora, export_pipeline
-from custom_diffusion.concept.files import find_base_model, load_concept
-from custom_diffusion.errors import UserError
-from custom_diffusion.files import new_folder
+from custom_diffusion.command_line import (
+    CONFIG_NAME,
+    DEFAULT_MODEL,
+    HelpFormatter,
+    add_base_model_flags,
+    end_quietly_on_interrupt,
+    import_diffusers,
+    parse_with_config,
+    run,
+    save_config,
+)
 
 
 # fmt: off
@@ -33,20 +34,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--format", choices=["lora", "pipeline", "delta"], help="What to write.")
     add("--table", action="store_true",
         help="Only print what a LoRA takes and loses at several energies; writes nothing.")
-    add("--model_dir", default="custom-diffusion-model",
+    add("--model_dir", default=DEFAULT_MODEL,
         help="Output folder of a training run or of merge.py, the authors' delta.bin, or a Hub id (owner/name or "
         "owner/name@revision).")
     add("--energy", type=float,
         help="Share of the singular values' sum that is kept per layer, above 0 and up to 1 (all); if not given, the "
         "paper's 0.6 for a LoRA and no compression for a delta.")
     add("--rank", type=int, help="The same rank for every layer, instead of --energy.")
-    add("--dtype", choices=DTYPES,
+    add("--dtype", choices=["fp16", "fp32"],
         help="Type of the numbers; if not given, fp16 for a LoRA and fp32 for a pipeline. A delta keeps its own.")
     add("--output_dir", help="Must be new or empty; a LoRA gets its name. If not given, the concept's name and the "
         "format: custom-diffusion-model-lora.")
-    add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concept's card names.")
-    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    add("--variant", help="Variant of the base model's files, such as fp16.")
+    add_base_model_flags(parser, "the one that the concept's card names")
     args = parse_with_config(parser, argv)
     if (args.format is None) == (not args.table):
         parser.error("give --format lora, pipeline or delta, or else --table")
@@ -65,34 +64,51 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# fmt: on
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    end_quietly_on_interrupt()
+    import_diffusers()
+
+import transformers
+from torch import Tensor
+
+from custom_diffusion.concept.compression import decompose, energy_table
+from custom_diffusion.concept.exporting import export_delta, export_lora, export_pipeline
+from custom_diffusion.concept.files import find_base_model, load_concept
+from custom_diffusion.concept.projections import complete, original_projections
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import new_folder
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, export, and say where everything is."""
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     concept = load_concept(args.model_dir)
     compressed = args.rank is not None or args.energy is not None
-    base: dict[str, Tensor] = {}
-    model = None
+    originals: dict[str, Tensor] = {}
+    base_model = None
     if args.format != "delta" or compressed or concept.differences:
-        model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, [concept])
-    if model is not None and args.format != "pipeline":
-        base = original_projections(model, [*concept.attention, *concept.differences])
-        concept = complete(concept, base)
+        base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, [concept])
+    if base_model is not None and args.format != "pipeline":
+        originals = original_projections(base_model, [*concept.attention, *concept.differences])
+        concept = complete(concept, originals)
     if not concept.attention and not concept.differences:
-        raise UserError(
-            f"{concept.source!r} has only tokens, no attention weights: its token files load as they are"
-        )
+        raise UserError(f"{concept.source!r} has only tokens, no attention weights: its token files load as they are")
     if args.table:
-        print(energy_table(decompose(concept, base)))
+        print(energy_table(decompose(concept, originals)))
         return
-    folder = new_folder(args.output_dir)
-    if args.format == "lora":
-        export_lora(concept, base, args, folder)
-    elif args.format == "delta":
-        export_delta(concept, base, args, folder)
-    elif model is not None:
-        export_pipeline(concept, model, args, folder)
-    save_config(args, folder / CONFIG_NAME)
+    with new_folder(args.output_dir) as folder:
+        if args.format == "lora":
+            export_lora(concept, originals, args, folder)
+        elif args.format == "delta":
+            export_delta(concept, originals, args, folder)
+        elif base_model is not None:
+            export_pipeline(concept, base_model, args, folder)
+        save_config(args, folder / CONFIG_NAME)
 
 
 if __name__ == "__main__":

@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
-import torch
-import transformers
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
+from custom_diffusion.command_line import (
+    DEFAULT_MODEL,
+    HelpFormatter,
+    add_base_model_flags,
+    end_quietly_on_interrupt,
+    import_diffusers,
+    parse_with_config,
+    run,
+    save_config,
 )
-from PIL import Image, PngImagePlugin
-from tqdm.auto import tqdm
 
-from custom_diffusion.command_line import HelpFormatter, parse_with_config, run, save_config
-from custom_diffusion.concept.applying import apply_concepts
-from custom_diffusion.concept.files import Concept, find_base_model, load_concept
-from custom_diffusion.errors import UserError
-from custom_diffusion.images import contact_sheet, write_image
-from custom_diffusion.text import first_line
-
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The names alone: what they stand for takes seconds to import.
+SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 # fmt: off
@@ -55,12 +34,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", action="extend", nargs="+", default=[], help="One or several prompts with a learned token.")
     add("--prompts_file", help="Text file with one prompt per line, after those of --prompt.")
-    add("--model_dir", nargs="+", default=["custom-diffusion-model"],
+    add("--model_dir", nargs="+", default=[DEFAULT_MODEL],
         help="Output folder of a training run, one of its checkpoints, the authors' delta.bin, or a Hub id "
         "(owner/name or owner/name@revision); several are applied together.")
-    add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concept's card names.")
-    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    add("--variant", help="Variant of the base model's files, such as fp16.")
+    add_base_model_flags(parser, "the one that the concept's card names")
     add("--num_images", type=int, default=1, help="Images per prompt.")
     add("--batch_size", type=int, default=1, help="Images made at once; more is faster and takes more memory.")
     add("--seed", type=int, default=42, help="Image i of each prompt starts from the noise of seed + i.")
@@ -98,18 +75,58 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # fmt: on
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    end_quietly_on_interrupt()
+    import_diffusers()
+
+import json
+import re
+import sys
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image, PngImagePlugin
+from tqdm.auto import tqdm
+
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import Concept, find_base_model, load_concept
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import output_folder
+from custom_diffusion.images import contact_sheet, write_image
+from custom_diffusion.text import first_line
+
+_SCHEDULER_CLASSES = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> DiffusionPipeline:
     """The base model with the concepts applied, on its device.
 
     Raises:
         UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
-    base = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
+    base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
     device = args.device or _best_device()
-    dtype = DTYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
-    pipeline = base.pipeline(dtype)
+    dtype = _TYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
+    pipeline = base_model.pipeline(dtype)
     apply_concepts(pipeline, *concepts, scale=args.scale)
-    pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = _SCHEDULER_CLASSES[args.scheduler].from_config(pipeline.scheduler.config)
     try:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -199,13 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         library.utils.logging.disable_progress_bar()
     concepts = [load_concept(source) for source in args.model_dir]
     warn_of_missing_tokens(args.prompt, concepts)
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir!r} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {args.output_dir!r} cannot be written to")
+    folder = output_folder(args.output_dir)
     pipeline = load_pipeline(args, concepts)
     # Numbered like the first image: a folder may hold the images of several runs.
     save_config(args, folder / f"{_first_free_number(folder):05d}_config.yaml")

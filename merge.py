@@ -7,30 +7,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import transformers
-
-from custom_diffusion.command_line import CONFIG_NAME, HelpFormatter, parse_with_config, run, save_config
-from custom_diffusion.concept.applying import original_projections
-from custom_diffusion.concept.cards import merged_card
-from custom_diffusion.concept.files import CARD_NAME, find_base_model, load_concept, save_concept
-from custom_diffusion.concept.merging import (
-    CAPTIONS,
-    add_tokens,
-    concept_prompts,
-    mean_square,
-    merge_concepts,
-    prepare_parts,
-    read_captions,
-    target_features,
-    text_features,
-    weigh_concepts,
+from custom_diffusion.command_line import (
+    CONFIG_NAME,
+    HelpFormatter,
+    add_base_model_flags,
+    end_quietly_on_interrupt,
+    import_diffusers,
+    parse_with_config,
+    run,
+    save_config,
 )
-from custom_diffusion.files import new_folder, write_whole
 
 
 # fmt: off
@@ -58,9 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "prompts, rather than keep the concepts' words exactly; such as 0.5. One concept alone then leaves what the "
         "model knew as it was. The captions should name the things that are to stay, and the concepts' classes.")
     add("--num_captions", type=int, default=500, help="How many of them are used, spread evenly over the file.")
-    add("--pretrained_model_name_or_path", help="Base model; if not given, the one that the concepts' cards name.")
-    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    add("--variant", help="Variant of the base model's files, such as fp16.")
+    add_base_model_flags(parser, "the one that the concepts' cards name")
     args = parse_with_config(parser, argv)
     if len(args.model_dir) < 2 and args.prior_weight is None:
         parser.error("--model_dir needs at least two concepts to merge, or --prior_weight for one")
@@ -69,6 +55,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.num_captions < 1:
         parser.error("--num_captions must be at least 1")
     return args
+
+
+# fmt: on
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    end_quietly_on_interrupt()
+    import_diffusers()
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import transformers
+from torch import Tensor
+
+from custom_diffusion.concept.cards import merged_card
+from custom_diffusion.concept.files import CARD_NAME, Concept, find_base_model, load_concept, save_concept
+from custom_diffusion.concept.merging import merge_concepts, weigh_concepts
+from custom_diffusion.concept.parts import Part, concept_prompts, prepare_parts
+from custom_diffusion.concept.projections import original_projections
+from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
+from custom_diffusion.files import new_folder, write_bytes
+from custom_diffusion.models.base_model import BaseModel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,33 +91,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     concepts = [load_concept(source) for source in args.model_dir]
     parts = prepare_parts(concepts, args.class_words)
     captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
-    model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
-    folder = new_folder(args.output_dir)
-    base = original_projections(model, [*concepts[0].attention, *concepts[0].differences])
-    family = model.family()
-    tokenizer = model.tokenizers(family)["text_encoder"]
-    encoder = model.text_encoders(family)["text_encoder"]
-    add_tokens(parts, tokenizer, encoder)
-    settings: dict[str, object] = {"captions": len(captions)}
-    if args.prior_weight is None:
-        targets = target_features(parts, tokenizer, encoder)
-        merged, error = merge_concepts(parts, base, targets, text_features(captions, tokenizer, encoder))
-        settings["relative error of the constraint"] = f"{error:.1e}"
-        outcome = f"the concepts' words keep their meaning to {error:.0e}"
-    else:
-        targets = [mean_square(concept_prompts(part, captions), tokenizer, encoder) for part in parts]
-        regularization = mean_square(captions, tokenizer, encoder)
-        merged, moved = weigh_concepts(parts, base, targets, regularization, args.prior_weight)
-        settings |= {"prior weight": args.prior_weight, "what is left of the captions' change": f"{moved:.0%}"}
-        outcome = f"the answers to the captions change {moved:.0%} as far as by what was learned"
-    merged = replace(merged, base_model=model.name)
-    save_concept(merged, folder)
-    write_whole(folder / CARD_NAME, lambda file: file.write(merged_card(merged, parts, settings)))
-    save_config(args, folder / CONFIG_NAME)
+    base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
+    with new_folder(args.output_dir) as folder:
+        merged, outcome = merge_into(folder, args, parts, captions, base_model)
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
     print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
     what = "it" if len(merged.tokens) == 1 else "them together"
     print(f'See {what}:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+
+
+def merge_into(
+    folder: Path, args: argparse.Namespace, parts: Sequence[Part], captions: Sequence[str], base_model: BaseModel
+) -> tuple[Concept, str]:
+    """Merge the parts and write the result; gives it and what to tell of it."""
+    concept = parts[0].concept
+    originals = original_projections(base_model, [*concept.attention, *concept.differences])
+    text_models = TextModels.load(base_model)
+    text_models.add_tokens(parts)
+    if args.prior_weight is None:
+        merged, settings, outcome = merge_exactly(parts, originals, text_models, captions)
+    else:
+        merged, settings, outcome = weigh(parts, originals, text_models, captions, args.prior_weight)
+    merged = replace(merged, base_model=base_model.name)
+    save_concept(merged, folder)
+    write_bytes(folder / CARD_NAME, merged_card(merged, parts, settings).encode())
+    save_config(args, folder / CONFIG_NAME)
+    return merged, outcome
+
+
+def merge_exactly(
+    parts: Sequence[Part], originals: dict[str, Tensor], text_models: TextModels, captions: Sequence[str]
+) -> tuple[Concept, dict[str, object], str]:
+    """Merge so that the concepts' words keep their keys and values; also what to tell on the card and the screen."""
+    targets = text_models.target_features(parts)
+    merged, error = merge_concepts(parts, originals, targets, text_models.features(captions))
+    settings = {"captions": len(captions), "relative error of the constraint": f"{error:.1e}"}
+    return merged, settings, f"the concepts' words keep their meaning to {error:.0e}"
+
+
+def weigh(
+    parts: Sequence[Part],
+    originals: dict[str, Tensor],
+    text_models: TextModels,
+    captions: Sequence[str],
+    prior_weight: float,
+) -> tuple[Concept, dict[str, object], str]:
+    """Weigh the concepts against the captions, as ``--prior_weight`` says; gives the same as :func:`merge_exactly`."""
+    targets = [text_models.mean_square(concept_prompts(part, captions)) for part in parts]
+    merged, moved = weigh_concepts(parts, originals, targets, text_models.mean_square(captions), prior_weight)
+    settings = {
+        "captions": len(captions),
+        "prior weight": prior_weight,
+        "what is left of the captions' change": f"{moved:.0%}",
+    }
+    return merged, settings, f"the answers to the captions change {moved:.0%} as far as by what was learned"
 
 
 if __name__ == "__main__":

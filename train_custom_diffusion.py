@@ -15,7 +15,16 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from custom_diffusion.command_line import DEFAULT_MODEL, HelpFormatter, parse_with_config, positive_int, run, switch
+from custom_diffusion.command_line import (
+    DEFAULT_MODEL,
+    HelpFormatter,
+    end_quietly_on_interrupt,
+    import_diffusers,
+    parse_with_config,
+    positive_int,
+    run,
+    switch,
+)
 from custom_diffusion.errors import UserError
 from custom_diffusion.training.environment import follow_configuration, runs_on_cpu
 from custom_diffusion.training.trackers import tracker_problem
@@ -244,6 +253,8 @@ def _has_cuda() -> bool:
 
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    end_quietly_on_interrupt()
+    import_diffusers()
 
 # The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

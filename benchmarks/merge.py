@@ -53,16 +53,16 @@ def write_random_concepts(model: Path, folder: Path) -> list[Path]:
     """
     generator = torch.Generator().manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    base = {name: weight for name, weight in unet.named_parameters() if re.search(r"attn2\.to_[kv]\.", name)}
+    originals = {name: weight for name, weight in unet.named_parameters() if re.search(r"attn2\.to_[kv]\.", name)}
     folders = []
     for number, words in enumerate(CLASSES):
         attention = {}
-        for name, weight in base.items():
+        for name, weight in originals.items():
             noise = torch.randn(weight.shape, generator=generator) * weight.detach().std()
             attention[key_of_parameter(name)] = weight.detach() + 0.1 * noise
         token = torch.randn(unet.config.cross_attention_dim, generator=generator) * 0.02
         folders.append(folder / f"{number}-{words.replace(' ', '-')}")
-        save_concept(Concept(attention, {f"<new{number + 1}>": token}), folders[-1])
+        save_concept(Concept(attention, {f"<new{number + 1}>": {"text_encoder": token}}), folders[-1])
     return folders
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import write_whole
+from custom_diffusion.files import read_text, write_whole
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -67,7 +69,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
 def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--config {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}")
     except yaml.YAMLError as error:
@@ -155,6 +157,30 @@ def positive_int(text: str) -> int:
     return value
 
 
+def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add the flags that say which base model a command loads.
+
+    Args:
+        otherwise: which one that is where none is given, for the help.
+    """
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help=f"Base model; if not given, {otherwise}.")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="Variant of the base model's files, such as fp16.")
+
+
+def end_quietly_on_interrupt() -> None:
+    """From here on, Ctrl-C outside of :func:`run` ends in one line: importing the libraries takes seconds."""
+
+    def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = say
+
+
 def run(
     main: Callable[[], None],
     interrupted: str = "interrupted: run the same command again",
@@ -183,3 +209,18 @@ def run(
         if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
             print(interruption if isinstance(interruption, Interrupted) else interrupted, file=sys.stderr)
         sys.exit(getattr(interruption, "exit_code", 128 + signal.SIGINT))
+
+
+def import_diffusers() -> None:
+    """Import diffusers as if bitsandbytes were not installed.
+
+    diffusers and peft import it wherever they find it, for models in 4 and 8 bits, which no command loads: that takes
+    seconds, and on some CPUs prints a warning at every start. ``--use_8bit_adam`` imports it itself.
+    """
+    hidden = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's own way to say: not there
+    importlib.import_module("diffusers.loaders.peft")
+    if hidden is None:
+        del sys.modules["bitsandbytes"]
+    else:
+        sys.modules["bitsandbytes"] = hidden

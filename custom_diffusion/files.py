@@ -1,16 +1,27 @@
-"""Files that exist whole or not at all, and the folders that hold them."""
+"""Files: those that exist whole or not at all, the folders that hold them, and text that people wrote."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from custom_diffusion.errors import UserError
 
+# UTF-32 before UTF-16: the mark of its little-endian form begins with the other's.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _HALF_WRITTEN = (".half-written-", ".tmp")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -47,17 +58,55 @@ def output_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
-def new_folder(path: str | os.PathLike) -> Path:
-    """The folder of ``--output_dir`` for a result that replaces nothing.
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """The folder of ``--output_dir`` for a result that replaces nothing; as it was before, where the result fails.
 
     Raises:
         UserError: where it cannot be made or written to, or holds something.
     """
+    is_new = not Path(path).exists()
     folder = output_folder(path)
     occupied = next(folder.iterdir(), None)
     if occupied is not None:
         raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        # Half a result would keep the same command from being run again.
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file that a person may have written with any editor, see :func:`decode_text`.
+
+    Raises:
+        OSError: where it cannot be read.
+        UnicodeDecodeError: where it is no text.
+    """
+    return decode_text(Path(path).read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """Bytes to text: UTF-8, or what a byte order mark says; the mark is no part of the text, line ends stay.
+
+    Raises:
+        UnicodeDecodeError: for bytes that are no text.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding)
+    return content.decode("utf-8")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -69,6 +118,9 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
     Args:
         path: the file to write; what was there stays until the new content is complete.
         write: called with the open binary file.
+
+    Raises:
+        OSError: where it cannot be written.
     """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
@@ -82,9 +134,19 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        # torch.save hides it behind a RuntimeError about a position in the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            cause.filename = str(path)
+            raise cause from None
         raise
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file's content whole or not at all."""
+    write_whole(path, lambda file: file.write(content))
 
 
 def remove_half_written(folder: Path) -> None:

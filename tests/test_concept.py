@@ -55,6 +55,11 @@ def state(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     }
 
 
+def word(token: str, vector: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """The tokens of a concept of one word."""
+    return {token: {"text_encoder": vector}}
+
+
 @pytest.fixture(scope="module")
 def faces(base_model_v: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A concept with queries and outputs, of the other model."""
@@ -97,14 +102,14 @@ def test_the_examples_own_files_are_read(trained: Path, base_model: Path, tmp_pa
     # The example stores each token as a view of the whole table, and safetensors without entries for attn1.
     concept = load_concept(trained)
     table = torch.zeros(49409, 32)
-    table[49408] = concept.tokens["<new1>"]
+    table[49408] = concept.tokens["<new1>"]["text_encoder"]
     torch.save({"<new1>": table[49408]}, tmp_path / "<new1>.bin")
     save_file(concept.attention, tmp_path / f"{WEIGHTS}.safetensors")
     assert (tmp_path / "<new1>.bin").stat().st_size > 6_000_000
     read = load_concept(tmp_path)
     assert read.attention.keys() == concept.attention.keys()
-    assert torch.equal(read.tokens["<new1>"], concept.tokens["<new1>"])
-    assert read.tokens["<new1>"].untyped_storage().nbytes() == 32 * 4, "the table is not kept"
+    assert torch.equal(read.tokens["<new1>"]["text_encoder"], concept.tokens["<new1>"]["text_encoder"])
+    assert read.tokens["<new1>"]["text_encoder"].untyped_storage().nbytes() == 32 * 4, "the table is not kept"
     apply_concepts(load(base_model), read)
 
 
@@ -219,14 +224,14 @@ def test_a_saved_pipeline_carries_the_concept(trained: Path, base_model: Path, t
 
 def test_several_concepts_share_one_pipeline(trained: Path, base_model: Path) -> None:
     concept = load_concept(trained)
-    token_only = Concept({}, {"<new2>": torch.ones(32)}, source="a textual inversion")
-    same_attention = Concept(dict(concept.attention), {"<new3>": torch.zeros(32)}, source="the same run")
+    token_only = Concept({}, word("<new2>", torch.ones(32)), source="a textual inversion")
+    same_attention = Concept(dict(concept.attention), word("<new3>", torch.zeros(32)), source="the same run")
     pipeline = load(base_model)
     before = state(pipeline)
     applied = apply_concepts(pipeline, concept, token_only, same_attention)
     ids = pipeline.tokenizer.convert_tokens_to_ids(["<new1>", "<new2>", "<new3>"])
     rows = pipeline.text_encoder.get_input_embeddings().weight[ids]
-    assert torch.equal(rows, torch.stack([concept.tokens["<new1>"], torch.ones(32), torch.zeros(32)]))
+    assert torch.equal(rows, torch.stack([concept.tokens["<new1>"]["text_encoder"], torch.ones(32), torch.zeros(32)]))
     applied.remove()
     assert all(torch.equal(before[key], value) for key, value in state(pipeline).items())
 
@@ -276,7 +281,7 @@ def test_layers_that_the_unet_does_not_have(trained: Path, base_model: Path) -> 
 
 
 def test_a_token_of_the_vocabulary_is_refused(base_model: Path) -> None:
-    refused(load(base_model), [Concept({}, {"cat": torch.ones(32)}, source="x")], ["'cat'", "already"])
+    refused(load(base_model), [Concept({}, word("cat", torch.ones(32)), source="x")], ["'cat'", "already"])
 
 
 # --- files of strangers --------------------------------------------------------------------------
@@ -315,11 +320,11 @@ def test_a_damaged_file_is_named(name: str, trained: Path, tmp_path: Path) -> No
 
 def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:
     concept = load_concept(trained)
-    concept.tokens["<new1>"][3] = float("nan")
+    concept.tokens["<new1>"]["text_encoder"][3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         save_concept(concept, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    save_file({"<new1>": concept.tokens["<new1>"]}, tmp_path / "<new1>.safetensors")
+    save_file({"<new1>": concept.tokens["<new1>"]["text_encoder"]}, tmp_path / "<new1>.safetensors")
     with pytest.raises(UserError, match="not finite"):
         load_concept(tmp_path)
 
@@ -370,5 +375,5 @@ def test_files_have_the_users_permissions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("token", ["../outside", "a/b", "a\\b", "", ".hidden", "two words", "line\nbreak", "x" * 201])
 def test_a_token_never_becomes_a_path(token: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        save_concept(Concept({}, {token: torch.ones(4)}), tmp_path / "folder")
+        save_concept(Concept({}, word(token, torch.ones(4))), tmp_path / "folder")
     assert not list(tmp_path.rglob("*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+import train_custom_diffusion
+from custom_diffusion.concept.prompts import side_by_side
+from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.class_images import PromptDataset
-from custom_diffusion.data.dataset import CustomDiffusionDataset, View, collate_fn, position_batches, side_by_side
+from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
+from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import load_image
 from tests.conftest import draw_images
@@ -25,56 +30,24 @@ from tests.conftest import draw_images
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base_model: Path) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+Tokenize = Callable[[str], dict[str, torch.Tensor]]
 
 
-def concept(folder: Path, **more: str) -> dict[str, str]:
-    return {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": str(folder)} | more
+def concept(folder: Path, instance_prompt: str = "photo of a <new1> cat", **more: str) -> ConceptEntry:
+    return ConceptEntry(instance_prompt, str(folder), instance_folder=folder, **more)
 
 
-def dataset(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> CustomDiffusionDataset:
+def dataset(folder: Path, tokenize: Tokenize, **options: object) -> CustomDiffusionDataset:
     options = {"size": 64, "mask_size": 8, "class_images": []} | options
-    return CustomDiffusionDataset(find_instance_images([concept(folder)]), tokenizer=tokenizer, **options)
+    return CustomDiffusionDataset(find_instance_images([concept(folder)]), tokenize=tokenize, **options)
 
 
-# --- reading images ----------------------------------------------------------------------------
+def words(example: dict, kind: str, tokenizer: CLIPTokenizer) -> str:
+    """The prompt of a sample, as its ids have it."""
+    return tokenizer.decode(example[f"{kind}_prompt_ids"]["text_encoder"], skip_special_tokens=True).strip()
 
 
-def test_phone_photographs_come_out_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (20, 10), RED)
-    image.paste(BLUE, (0, 0, 10, 10))  # blue left, red right
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    image.save(tmp_path / "phone.png", exif=exif)
-    upright = load_image(tmp_path / "phone.png")
-    assert upright.size == (10, 20)
-    assert upright.getpixel((5, 2)) == BLUE
-    assert upright.getpixel((5, 17)) == RED
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
-    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    image.convert(mode).save(tmp_path / "logo.png")
-    assert load_image(tmp_path / "logo.png").getpixel((1, 1)) == (0, 0, 0)
-    assert load_image(tmp_path / "logo.png").getpixel((6, 1)) == WHITE
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
-def test_other_modes_become_rgb(mode: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), WHITE).convert(mode).save(tmp_path / "image.tiff")
-    image = load_image(tmp_path / "image.tiff")
-    assert (image.mode, image.getpixel((3, 3))) == ("RGB", WHITE)
-
-
-def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "scan.png")
-    read = np.asarray(load_image(tmp_path / "scan.png"))[..., 0].ravel().astype(int)
-    assert np.abs(read - np.arange(256)).max() <= 1
+# --- instance images ------------------------------------------------------------------------------
 
 
 def test_files_that_are_no_images_are_left_out_with_one_warning(
@@ -97,7 +70,7 @@ def test_files_that_are_no_images_are_left_out_with_one_warning(
 # --- class images --------------------------------------------------------------------------------
 
 
-def retrieved(folder: Path, captions: Sequence[str], names: Sequence[str] | None = None) -> dict[str, str]:
+def retrieved(folder: Path, captions: Sequence[str], names: Sequence[str] | None = None) -> ConceptEntry:
     """What retrieve.py leaves."""
     draw_images(folder / "images", len(captions))
     names = names or [str(folder / "images" / f"{number}.png") for number in range(len(captions))]
@@ -150,15 +123,15 @@ def stripes(folder: Path, size: tuple[int, int] = (300, 100)) -> Path:
     return folder
 
 
-def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
-    pixels = dataset(stripes(tmp_path / "wide"), tokenizer, aug=False)[0]["instance_images"]
+def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenize: Tokenize) -> None:
+    pixels = dataset(stripes(tmp_path / "wide"), tokenize, aug=False)[0]["instance_images"]
     green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1)
     assert (pixels - green).abs().max() < 0.02, "only the middle third is in the centre square"
 
 
-def test_hflip_mirrors_half_of_the_samples(images: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(images, tokenizer, aug=False, hflip=True)
-    plain = dataset(images, tokenizer, aug=False)
+def test_hflip_mirrors_half_of_the_samples(images: Path, tokenize: Tokenize) -> None:
+    samples = dataset(images, tokenize, aug=False, hflip=True)
+    plain = dataset(images, tokenize, aug=False)
     mirrored = 0
     for position in range(100):
         one, other = samples[position]["instance_images"], plain[position]["instance_images"]
@@ -167,58 +140,58 @@ def test_hflip_mirrors_half_of_the_samples(images: Path, tokenizer: CLIPTokenize
     assert 30 < mirrored < 70
 
 
-def test_noaug_shows_the_whole_image(images: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(images, tokenizer, aug=False)
-    prompts = {tuple(samples[position]["instance_prompt_ids"].tolist()) for position in range(20)}
+def test_noaug_shows_the_whole_image(images: Path, tokenize: Tokenize) -> None:
+    samples = dataset(images, tokenize, aug=False)
+    prompts = {samples.draw(position).instance_prompt for position in range(20)}
     assert len(prompts) == 1
     assert all(samples[position]["instance_mask"].min() == 1 for position in range(20))
 
 
-def test_augmentation_follows_the_paper(images: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(images, tokenizer)
-    words = {"small": 0, "large": 0, "plain": 0}
+def test_augmentation_follows_the_paper(images: Path, tokenize: Tokenize, tokenizer: CLIPTokenizer) -> None:
+    samples = dataset(images, tokenize)
+    counts = {"small": 0, "large": 0, "plain": 0}
     for position in range(300):
         sample = samples[position]
         pixels, mask = sample["instance_images"], sample["instance_mask"]
-        prompt = tokenizer.decode(sample["instance_prompt_ids"], skip_special_tokens=True)
+        prompt = words(sample, "instance", tokenizer)
         # A value of 0 does not occur in an image of 8 bits: what is 0 is canvas.
         rows = (pixels != 0).all(0).any(1).sum().item()
         covered = torch.nn.functional.interpolate(mask[None, None], scale_factor=8)[0, 0].bool()
         assert not (pixels == 0).all(0)[covered].any(), "the mask lies inside the image"
         assert mask.sum() >= 1
         if prompt.startswith(("a far away photo", "very small photo")):
-            words["small"] += 1
+            counts["small"] += 1
             assert 64 // 3 <= rows < 0.6 * 64
         elif prompt.startswith(("zoomed in photo", "close up photo")):
-            words["large"] += 1
+            counts["large"] += 1
             assert mask.min() == 1
         else:
-            words["plain"] += 1
+            counts["plain"] += 1
             assert prompt.startswith("photo of a")
             assert 0.6 * 64 <= rows <= 64
     # 66 % small or plain, of which (0.6 - 1/3) / (1 - 1/3) = 40 % small.
-    assert 60 < words["small"] < 110
-    assert 75 < words["large"] < 130
+    assert 60 < counts["small"] < 110
+    assert 75 < counts["large"] < 130
 
 
 @pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (16, 2), (24, 3), (32, 4), (64, 8), (96, 12), (512, 64)])
-def test_no_mask_is_ever_empty(size: int, mask_size: int, images: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(images, tokenizer, size=size, mask_size=mask_size)
+def test_no_mask_is_ever_empty(size: int, mask_size: int, images: Path) -> None:
+    renderer = Renderer(size, mask_size)
     random = np.random.default_rng(0)
     for scale in [*range(max(1, size // 3), size + 1)] * 2:
         view = View(images / "0.png", False, scale, *random.random(2))
-        pixels, mask = samples.render(view), samples.mask(view)
+        pixels, mask = renderer.render(view), renderer.mask(view)
         assert pixels.shape == (3, size, size)
         assert mask.shape == (mask_size, mask_size)
         assert mask.sum() >= 1
 
 
-def test_continued_edges_are_learned_with_the_image(images: Path, tokenizer: CLIPTokenizer) -> None:
-    edge, grey = dataset(images, tokenizer, padding_mode="edge"), dataset(images, tokenizer)
+def test_continued_edges_are_learned_with_the_image(images: Path, tokenize: Tokenize) -> None:
+    edge, grey = dataset(images, tokenize, padding_mode="edge"), dataset(images, tokenize)
     smaller = 0
     for position in range(100):
         one, other = edge[position], grey[position]
-        assert torch.equal(one["instance_prompt_ids"], other["instance_prompt_ids"])
+        assert torch.equal(one["instance_prompt_ids"]["text_encoder"], other["instance_prompt_ids"]["text_encoder"])
         assert one["instance_mask"].min() == 1
         # A value of 0 does not occur in an image of 8 bits: what is 0 is canvas.
         inside = (other["instance_images"] != 0).all(0)
@@ -231,7 +204,7 @@ def test_continued_edges_are_learned_with_the_image(images: Path, tokenizer: CLI
     assert smaller > 40
 
 
-def two_concepts(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> CustomDiffusionDataset:
+def two_concepts(folder: Path, tokenize: Tokenize, **options: object) -> CustomDiffusionDataset:
     """An image with a frame, red above blue, as `<new1> cat`; the same, green above white, as `<new2> dog`."""
     concepts = []
     for number, (noun, above, below) in enumerate((("cat", RED, BLUE), ("dog", GREEN, WHITE)), 1):
@@ -240,9 +213,9 @@ def two_concepts(folder: Path, tokenizer: CLIPTokenizer, **options: object) -> C
         image.paste(above, (10, 10, 70, 40))
         image.paste(below, (10, 40, 70, 70))
         image.save(folder / noun / "0.png")
-        concepts.append(concept(folder / noun, instance_prompt=f"photo of a <new{number}> {noun}"))
+        concepts.append(concept(folder / noun, f"photo of a <new{number}> {noun}"))
     options = {"size": 64, "mask_size": 8, "class_images": []} | options
-    return CustomDiffusionDataset(find_instance_images(concepts), tokenizer=tokenizer, **options)
+    return CustomDiffusionDataset(find_instance_images(concepts), tokenize=tokenize, **options)
 
 
 def shown_pixels(pixels: torch.Tensor) -> np.ndarray:
@@ -253,10 +226,10 @@ def shown_pixels(pixels: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize(("size", "mask_size"), [(8, 1), (24, 3), (64, 8)])
 @pytest.mark.parametrize("aug", [True, False])
 def test_cutmix_shows_two_concepts_where_the_prompt_says_they_are(
-    aug: bool, size: int, mask_size: int, tmp_path: Path, tokenizer: CLIPTokenizer
+    aug: bool, size: int, mask_size: int, tmp_path: Path, tokenize: Tokenize
 ) -> None:
     samples = two_concepts(
-        tmp_path, tokenizer, cutmix_probability=0.3, samples_per_step=4, aug=aug, size=size, mask_size=mask_size
+        tmp_path, tokenize, cutmix_probability=0.3, samples_per_step=4, aug=aug, size=size, mask_size=mask_size
     )
     whole = {
         noun: np.asarray(load_image(tmp_path / noun / "0.png").resize((size, size), Image.Resampling.BILINEAR))
@@ -280,7 +253,7 @@ def test_cutmix_shows_two_concepts_where_the_prompt_says_they_are(
     assert min(orders.values()) > 20
 
 
-def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, tokenize: Tokenize) -> None:
     class_images = []
     for noun, colour in (("cat", "red"), ("dog", "green")):
         (tmp_path / "class" / noun).mkdir(parents=True)
@@ -288,7 +261,7 @@ def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, t
             class_images.append((tmp_path / "class" / noun / f"{number}.png", f"photo of a {noun}"))
             Image.new("RGB", (64, 64), colour).save(class_images[-1][0])
     colours = {"cat": [255, 0, 0], "dog": [0, 128, 0]}
-    samples = two_concepts(tmp_path, tokenizer, class_images=class_images, cutmix_probability=0.5)
+    samples = two_concepts(tmp_path, tokenize, class_images=class_images, cutmix_probability=0.5)
     pairs, shown = 0, set()
     for position in range(100):
         sample, item = samples.draw(position), samples[position]
@@ -306,18 +279,18 @@ def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, t
     assert {view.path for view in shown} == {path for path, _ in class_images}
 
 
-def test_two_concepts_of_one_class_share_its_images_in_pairs(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+def test_two_concepts_of_one_class_share_its_images_in_pairs(tmp_path: Path, tokenize: Tokenize) -> None:
     images = draw_images(tmp_path / "class", 3)
     class_images = [(path, "photo of a cat") for path in sorted(images.iterdir())]
-    samples = two_concepts(tmp_path, tokenizer, class_images=class_images, cutmix_probability=1.0)
+    samples = two_concepts(tmp_path, tokenize, class_images=class_images, cutmix_probability=1.0)
     assert {samples.draw(position).class_prompt for position in range(20)} == {"photo of a cat next to a cat"}
 
 
 @pytest.mark.parametrize(("variants", "scales"), [(None, [57, 84, 43, 49]), (20, [86, 56, 50, 80])])
 def test_without_cutmix_the_stream_is_what_it_was(
-    variants: int | None, scales: list[int], tmp_path: Path, tokenizer: CLIPTokenizer
+    variants: int | None, scales: list[int], tmp_path: Path, tokenize: Tokenize
 ) -> None:
-    samples = two_concepts(tmp_path, tokenizer, seed=1, variants=variants)
+    samples = two_concepts(tmp_path, tokenize, seed=1, variants=variants)
     # As drawn before there was cutmix: who trains again with the same seed gets the same concept.
     drawn = [samples.draw(position).instance[0] for position in range(4)]
     assert [view.path.parent.name for view in drawn] == ["cat", "dog", "cat", "dog"]
@@ -341,10 +314,10 @@ def test_two_prompts_become_one(left: str, right: str, together: str) -> None:
     assert side_by_side(left, right) == together
 
 
-def test_class_images_are_cropped_not_masked(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+def test_class_images_are_cropped_not_masked(tmp_path: Path, tokenize: Tokenize, tokenizer: CLIPTokenizer) -> None:
     wide = [(stripes(tmp_path / "wide") / "stripes.png", "a caption of its own")]
     for center_crop, colours in ((True, {1}), (False, {0, 1, 2})):
-        samples = dataset(tmp_path / "wide", tokenizer, class_images=wide, center_crop=center_crop)
+        samples = dataset(tmp_path / "wide", tokenize, class_images=wide, center_crop=center_crop)
         seen = set()
         for position in range(40):
             sample = samples[position]
@@ -352,24 +325,24 @@ def test_class_images_are_cropped_not_masked(tmp_path: Path, tokenizer: CLIPToke
             assert sample["class_images"].shape == (3, 64, 64)
             seen.add(sample["class_images"].mean((1, 2)).argmax().item())
         assert seen == colours
-        text = tokenizer.decode(sample["class_prompt_ids"], skip_special_tokens=True)
-        assert text.strip() == "a caption of its own"
+        assert words(sample, "class", tokenizer) == "a caption of its own"
 
 
 def collated(
     samples: CustomDiffusionDataset, positions: Sequence[range], workers: int
 ) -> list[dict[str, torch.Tensor]]:
     def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        return collate_fn(examples, with_prior_preservation=True, latent_channels=4, num_train_timesteps=1000)
+        batch = collate_fn(examples, with_prior_preservation=True, latent_channels=4, num_train_timesteps=1000)
+        return batch | batch.pop("input_ids")
 
     return list(DataLoader(samples, batch_sampler=positions, collate_fn=collate, num_workers=workers))
 
 
-def test_a_sample_depends_only_on_seed_epoch_and_index(images: Path, tokenizer: CLIPTokenizer) -> None:
+def test_a_sample_depends_only_on_seed_epoch_and_index(images: Path, tokenize: Tokenize) -> None:
     class_images = find_instance_images([concept(images)])
 
     def samples(seed: int = 1) -> CustomDiffusionDataset:
-        return dataset(images, tokenizer, class_images=class_images, hflip=True, seed=seed)
+        return dataset(images, tokenize, class_images=class_images, hflip=True, seed=seed)
 
     alone = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=0)
     with_workers = collated(samples(), position_batches(0, 12, 1, 0, 1), workers=2)
@@ -382,9 +355,9 @@ def test_a_sample_depends_only_on_seed_epoch_and_index(images: Path, tokenizer: 
     assert not any(torch.equal(a["noise"], b["noise"]) for a in first_epoch for b in second_epoch)
 
 
-def test_two_processes_see_what_one_with_the_double_batch_sees(images: Path, tokenizer: CLIPTokenizer) -> None:
+def test_two_processes_see_what_one_with_the_double_batch_sees(images: Path, tokenize: Tokenize) -> None:
     class_images = find_instance_images([concept(images)])
-    samples = dataset(images, tokenizer, class_images=class_images)
+    samples = dataset(images, tokenize, class_images=class_images)
     together = collated(samples, position_batches(2, 4, 4, 0, 1), workers=0)
     apart = [collated(samples, position_batches(2, 4, 2, process, 2), workers=0) for process in (0, 1)]
     for one, *both in zip(together, *apart, strict=True):
@@ -394,8 +367,8 @@ def test_two_processes_see_what_one_with_the_double_batch_sees(images: Path, tok
             assert torch.equal(value, torch.cat([*instances, *classes])), name
 
 
-def test_every_image_is_seen_once_an_epoch(images: Path, tokenizer: CLIPTokenizer) -> None:
-    samples = dataset(images, tokenizer, aug=False)
+def test_every_image_is_seen_once_an_epoch(images: Path, tokenize: Tokenize) -> None:
+    samples = dataset(images, tokenize, aug=False)
     for epoch in range(3):
         seen = {samples[epoch * 5 + k]["instance_images"].numpy().tobytes() for k in range(5)}
         assert len(seen) == 5
@@ -405,8 +378,7 @@ def test_every_image_is_seen_once_an_epoch(images: Path, tokenizer: CLIPTokenize
 
 
 def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, str]:
-    concept = {"instance_data_dir": str(folder), "instance_prompt": "photo of a <new1> cat"}
-    return {path.name: prompt for path, prompt in find_instance_images([concept], tokens)}
+    return {path.name: prompt for path, prompt in find_instance_images([concept(folder)], tokens)}
 
 
 def test_a_text_file_beside_an_image_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -465,3 +437,38 @@ def test_broken_captions_get_one_line(name: str, content: str | bytes, words: st
         captioned(tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- byte order marks ----------------------------------------------------------------------------
+
+MARKED = ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]
+
+
+def marked(text: str, encoding: str) -> bytes:
+    """Text as editors write it that put a byte order mark in front."""
+    return (text if encoding in ("utf-8-sig", "utf-16", "utf-32") else f"\ufeff{text}").encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", MARKED)
+def test_a_byte_order_mark_makes_no_difference(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folder = retrieved(tmp_path / "real", ["a cat", "été"])
+    for name in ("images.txt", "caption.txt"):
+        path = tmp_path / "real" / name
+        path.write_bytes(marked(path.read_text(encoding="utf-8"), encoding))
+    found = find_class_images([class_folder], 2, real_prior=True)
+    assert [(path.name, caption) for path, caption in found] == [("0.png", "a cat"), ("1.png", "été")]
+
+    folder = draw_images(tmp_path / "own", 3)
+    (folder / "0.txt").write_bytes(marked("<new1> schläft", encoding))
+    (folder / "metadata.jsonl").write_bytes(marked('{"file_name": "1.png", "text": "<new1> 1"}\n', encoding))
+    (folder / "metadata.csv").write_bytes(marked("file_name,text\n2.png,<new1> 2\n", encoding))
+    assert captioned(folder) == {"0.png": "<new1> schläft", "1.png": "<new1> 1", "2.png": "<new1> 2"}
+
+    (tmp_path / "list.json").write_bytes(
+        marked(json.dumps([{"instance_prompt": "<new1>", "instance_data_dir": str(folder)}]), encoding)
+    )
+    (tmp_path / "run.yaml").write_bytes(marked("concepts_list: list.json\nseed: 3\n", encoding))
+    monkeypatch.chdir(tmp_path)
+    args = train_custom_diffusion.parse_args(["--config=run.yaml", "--pretrained_model_name_or_path=x"])
+    assert args.seed == 3
+    assert [one.instance_folder for one in read_concepts(args)] == [folder]

@@ -98,6 +98,7 @@ def test_a_resumed_run_of_two_processes_ends_bit_equal(
     assert torch.equal(learned(tmp_path / "out"), learned(apart[0] / "out"))
 
 
+@pytest.mark.long
 def test_two_processes_share_the_encoding(
     base_model: Path, images: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:

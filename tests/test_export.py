@@ -10,14 +10,17 @@ import safetensors
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 import export
 import infer
 import train_custom_diffusion
+from custom_diffusion.concept import formats
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.compression import Decomposition, decompose
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import flags
@@ -96,7 +99,7 @@ def test_names_and_values_are_those_of_kohya(
 def test_less_energy_is_smaller_and_errs_as_it_says(
     cat: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = BaseModel(str(base_model)).projections(load_concept(cat).attention)
+    originals = original_projections(BaseModel(str(base_model)), load_concept(cat).attention)
     sizes, errors = [], []
     for energy in (0.3, 0.6, 0.9):
         folder = tmp_path / f"e{energy}"
@@ -109,9 +112,9 @@ def test_less_energy_is_smaller_and_errs_as_it_says(
         from_lora = dict(pipeline.unet.named_parameters())
         lost = whole = 0.0
         for key, weight in load_concept(cat).attention.items():
-            name = export.formats.parameter_name(key)
+            name = formats.parameter_name(key)
             lost += (from_lora[name] - weight).square().sum().item()
-            whole += (weight - base[key]).square().sum().item()
+            whole += (weight - originals[key]).square().sum().item()
         errors.append((lost / whole) ** 0.5)
         assert 100 * errors[-1] == pytest.approx(float(said), abs=0.06)
         sizes.append((folder / f"{folder.name}.safetensors").stat().st_size)
@@ -127,7 +130,7 @@ def test_less_energy_is_smaller_and_errs_as_it_says(
 
 def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_model: Path, tmp_path: Path) -> None:
     concept = load_concept(cat)
-    decompositions = decompose(concept, BaseModel(str(base_model)).projections(concept.attention))
+    decompositions = decompose(concept, original_projections(BaseModel(str(base_model)), concept.attention))
     run("--model_dir", cat, "--format", "lora", "--output_dir", tmp_path / "default")
     tensors = load_file(tmp_path / "default" / "default.safetensors")
     for key, value in tensors.items():
@@ -135,7 +138,7 @@ def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_mo
             assert value.dtype == torch.float16
             match = next(
                 d for k, d in decompositions.items()
-                if export.formats.parameter_name(k).removesuffix(".weight").replace(".", "_") in key
+                if formats.parameter_name(k).removesuffix(".weight").replace(".", "_") in key
             )  # fmt: skip
             share = match.s[: len(value)].sum() / match.s.sum()
             assert share >= 0.6 > match.s[: len(value) - 1].sum() / match.s.sum()
@@ -152,7 +155,7 @@ def test_the_word_is_in_the_form_that_all_programs_read(cat: Path, tmp_path: Pat
     content = load_file(tmp_path / "lora" / "<new1>.safetensors")
     # One tensor only (AUTOMATIC1111 refuses more), of two dimensions (ComfyUI and kohya-ss take it as it is).
     assert list(content) == ["emb_params"]
-    assert torch.equal(content["emb_params"], load_concept(cat).tokens["<new1>"].unsqueeze(0))
+    assert torch.equal(content["emb_params"], load_concept(cat).tokens["<new1>"]["text_encoder"].unsqueeze(0))
     card = ModelCard.load(tmp_path / "lora" / "README.md")
     assert "lora" in card.data.tags
     assert "photo of a embedding:<new1> cat" in card.text
@@ -217,7 +220,7 @@ def test_delta_to_ours_to_delta_is_bit_equal(dtype: torch.dtype, cat: Path, tmp_
     concept = load_concept(cat)
     # As the authors' code saves it: parameters of the UNet, tokens as views into the whole embedding table.
     table = torch.randn(5, 32, dtype=dtype)
-    unet = {export.formats.parameter_name(key): value.to(dtype) for key, value in concept.attention.items()}
+    unet = {formats.parameter_name(key): value.to(dtype) for key, value in concept.attention.items()}
     theirs = {"unet": unet, "modifier_token": {"<new1>": table[3], "<new2>": table[4]}}
     torch.save(theirs, tmp_path / "delta.bin")
     for number, (safetensors_too, bin_too) in enumerate([(True, False), (False, True)]):
@@ -240,7 +243,7 @@ def test_infer_reads_a_delta_folder_and_file(cat: Path, base_model: Path, tmp_pa
     infer.main([*common, *own, "--model_dir", str(tmp_path / "delta"), "--output_dir", str(tmp_path / "b")])
     file = tmp_path / "delta" / "delta.bin"
     infer.main([*common, *own, "--model_dir", str(file), "--output_dir", str(tmp_path / "c")])
-    pixels = [infer.Image.open(next((tmp_path / name).glob("0*.png"))).tobytes() for name in "abc"]
+    pixels = [Image.open(next((tmp_path / name).glob("0*.png"))).tobytes() for name in "abc"]
     assert pixels[0] == pixels[1] == pixels[2]
 
 

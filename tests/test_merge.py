@@ -13,20 +13,11 @@ import infer
 import merge
 import train_custom_diffusion
 from benchmarks.merge import main as measure_merging
+from custom_diffusion.concept.closed_form import NEARNESS, merge_weights, merging_directions, weigh_weights
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
-from custom_diffusion.concept.merging import (
-    CAPTIONS,
-    NEARNESS,
-    Part,
-    concept_prompts,
-    free_name,
-    mean_square,
-    merge_weights,
-    merging_directions,
-    read_captions,
-    text_features,
-    weigh_weights,
-)
+from custom_diffusion.concept.parts import Part, concept_prompts, free_name
+from custom_diffusion.concept.projections import original_projections
+from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import flags
@@ -59,13 +50,10 @@ def merged(cat: Path, pot: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def models_with_tokens(base_model: Path, tokens: dict[str, torch.Tensor]) -> tuple:
-    tokenizer, encoder = BaseModel(str(base_model)).text_models()
-    tokenizer.add_tokens(list(tokens))
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for token, vector in tokens.items():
-        encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(token)] = vector
-    return tokenizer, encoder
+def models_with_tokens(base_model: Path, concept: Concept) -> TextModels:
+    models = TextModels.load(BaseModel(str(base_model)))
+    models.add_tokens([Part(concept, {})])
+    return models
 
 
 def relative(change: torch.Tensor, reference: torch.Tensor) -> float:
@@ -129,7 +117,7 @@ def test_weighing_is_the_minimum_of_what_it_says() -> None:
 def test_every_concept_takes_the_place_of_its_class(
     words: tuple[str, str], captions: list[str], expected: list[str]
 ) -> None:
-    tokens = dict.fromkeys(("<a>", "<b>"), torch.zeros(1))
+    tokens = {token: {"text_encoder": torch.zeros(1)} for token in ("<a>", "<b>")}
     part = Part(Concept({}, tokens), dict(zip(tokens, words, strict=True)))
     prompts = concept_prompts(part, captions)
     assert prompts[-len(expected) :] == expected
@@ -139,23 +127,27 @@ def test_every_concept_takes_the_place_of_its_class(
 def test_the_concepts_words_keep_their_keys_and_values(cat: Path, pot: Path, merged: Path, base_model: Path) -> None:
     both, first, second = load_concept(merged), load_concept(cat), load_concept(pot)
     assert list(both.tokens) == ["<new1>", "<new2>"]
-    assert torch.equal(both.tokens["<new1>"], first.tokens["<new1>"])
-    assert torch.equal(both.tokens["<new2>"], second.tokens["<new1>"]), "the second was renamed"
-    models = models_with_tokens(base_model, both.tokens)
-    base = BaseModel(str(base_model)).projections(both.attention)
+    assert torch.equal(both.tokens["<new1>"]["text_encoder"], first.tokens["<new1>"]["text_encoder"])
+    renamed = both.tokens["<new2>"]["text_encoder"]
+    assert torch.equal(renamed, second.tokens["<new1>"]["text_encoder"]), "the second was renamed"
+    models = models_with_tokens(base_model, both)
+    tokenizer, encoder = models.tokenizers["text_encoder"], models.text_encoders["text_encoder"]
+    originals = original_projections(BaseModel(str(base_model)), both.attention)
     for concept, words in ((first, "<new1> cat"), (second, "<new2> wooden pot")):
         # As infer.py sees it, with start token and padding around the words whose features count.
-        in_prompt = text_features([f"photo of a {words}"], *models, "photo of a")
-        alone = text_features([words], *models)
-        ids = models[0](f"photo of a {words}", padding="max_length", return_tensors="pt").input_ids
+        in_prompt = models.features([f"photo of a {words}"], "photo of a")
+        alone = models.features([words])
+        ids = tokenizer(f"photo of a {words}", padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
-            padded = models[1](ids)[0][0]
+            padded = encoder(ids)[0][0]
         assert torch.allclose(padded[4 : 4 + len(in_prompt)], in_prompt, atol=1e-5)
         for features in (in_prompt, alone):
             for key, weight in both.attention.items():
                 wanted = features @ concept.attention[key].T
                 assert relative(features @ weight.T - wanted, wanted) < 1e-5, key
-                assert relative(features @ base[key].T - wanted, wanted) > 1e-2, "the concept had learned something"
+                assert relative(features @ originals[key].T - wanted, wanted) > 1e-2, (
+                    "the concept had learned something"
+                )
 
 
 def test_unrelated_captions_move_less_than_in_either_parent(
@@ -164,8 +156,8 @@ def test_unrelated_captions_move_less_than_in_either_parent(
     both, parents = load_concept(merged), (load_concept(cat), load_concept(pot))
     used = set(read_captions(CAPTIONS, 500))
     unseen = [caption for caption in read_captions(CAPTIONS, 10_000) if caption not in used][:200]
-    features = text_features(unseen, *models_with_tokens(base_model, both.tokens))
-    for key, weight in BaseModel(str(base_model)).projections(both.attention).items():
+    features = models_with_tokens(base_model, both).features(unseen)
+    for key, weight in original_projections(BaseModel(str(base_model)), both.attention).items():
         answers = features @ weight.T
         moved = relative(features @ both.attention[key].T - answers, answers)
         for parent in parents:
@@ -174,18 +166,19 @@ def test_unrelated_captions_move_less_than_in_either_parent(
 
 def test_one_concept_leaves_more_as_it_was_the_more_that_weighs(cat: Path, base_model: Path, tmp_path: Path) -> None:
     learned = load_concept(cat)
-    base, models = BaseModel(str(base_model)), models_with_tokens(base_model, learned.tokens)
-    unseen = mean_square(read_captions(CAPTIONS, 10_000)[1::2], *models)
-    own = mean_square(["photo of a <new1> cat at night"], *models)
+    originals = original_projections(BaseModel(str(base_model)), learned.attention)
+    models = models_with_tokens(base_model, learned)
+    unseen = models.mean_square(read_captions(CAPTIONS, 10_000)[1::2])
+    own = models.mean_square(["photo of a <new1> cat at night"])
     moved, lost = [], []
     for weight in (0, 0.5, 5):
         folder = tmp_path / str(weight)
         merge.main(["--model_dir", str(cat), "--prior_weight", str(weight), "--output_dir", str(folder)])
         now = load_concept(folder)
-        assert torch.equal(now.tokens["<new1>"], learned.tokens["<new1>"])
+        assert torch.equal(now.tokens["<new1>"]["text_encoder"], learned.tokens["<new1>"]["text_encoder"])
         moved.append(0.0)
         lost.append(0.0)
-        for key, weights in base.projections(learned.attention).items():
+        for key, weights in originals.items():
             change, loss = now.attention[key] - weights, now.attention[key] - learned.attention[key]
             moved[-1] += ((change.double() @ unseen) * change).sum().item()
             lost[-1] += ((loss.double() @ own) * loss).sum().item()
@@ -288,6 +281,7 @@ def test_the_shipped_captions_are_many_and_varied() -> None:
     assert len({" ".join(caption.split()[:3]) for caption in captions}) > 400, "they begin in many ways"
 
 
+@pytest.mark.long
 def test_the_benchmark_runs(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure_merging(["--shape", "tiny", "--model_dir", str(base_model), "--repeats", "1"])
     assert "(median of 1)" in capsys.readouterr().out

@@ -60,6 +60,7 @@ def test_example_1_two_steps_write_both_files(base_model: Path, images: Path, tm
     assert not list(tmp_path.glob("*.safetensors")), "--no_safe_serialization leaves the .bin files alone"
 
 
+@pytest.mark.long
 def test_example_2_the_limit_keeps_the_newest_checkpoints(base_model: Path, images: Path, tmp_path: Path) -> None:
     argv = flags(base_model, images, tmp_path, max_train_steps=6, checkpoints_total_limit=2, checkpointing_steps=2)
     launch(*argv)
@@ -415,6 +416,7 @@ def test_wandb_gets_losses_and_images(base_model: Path, images: Path, tmp_path: 
     assert re.search(r"follow this run: wandb sync \S*offline-run-", result.stderr)
 
 
+@pytest.mark.long
 def test_comet_gets_losses_images_and_no_secret(base_model: Path, images: Path, tmp_path: Path) -> None:
     argv = flags(base_model, images, tmp_path / "out", report_to="comet_ml", max_train_steps=3)
     result = launch(
@@ -449,6 +451,7 @@ def test_no_secret_in_any_file(base_model: Path, images: Path, tmp_path: Path) -
             assert secret.encode() not in path.read_bytes(), f"{secret} stands in {path}"
 
 
+@pytest.mark.long
 def test_all_cores_are_used(base_model: Path, images: Path, tmp_path: Path) -> None:
     code = (
         "import os, torch, train_custom_diffusion as t; t.use_all_cores();"

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from custom_diffusion.concept.files import WEIGHTS_STEM, Concept
-from custom_diffusion.concept.merging import Part
+from custom_diffusion.concept.parts import Part
 from custom_diffusion.files import is_hub_id
 
 
@@ -32,10 +32,15 @@ def model_card(
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
     prompt = sample_prompt or prompts[0]
-    load_tokens = "".join(
-        f'pipeline.load_textual_inversion(model, weight_name="{token}.bin")\n' for token in concept.tokens
+    data = _metadata(
+        concept.base_model,
+        ["custom-diffusion", "diffusers-training"],
+        ", ".join(prompts),
+        # What the Hub's page shows and lets visitors try.
+        [{"text": prompt, "output": {"url": name}} for name in sample_images] or [{"text": prompt}],
     )
-    text = f"""# Custom Diffusion: {words}
+    return f"""{data}
+# Custom Diffusion: {words}
 
 Cross-attention weights and new words for {concept.base_model or "a Stable Diffusion model that is not public"},
 {origin} with [Custom Diffusion](https://www.cs.cmu.edu/~custom-diffusion/), for:
@@ -44,7 +49,23 @@ Cross-attention weights and new words for {concept.base_model or "a Stable Diffu
 
 {_lines(f"![{sample_prompt}](./{name})" for name in sample_images)}
 
-## Use it
+{_how_to_use(concept, prompt)}
+## How it was {origin}
+
+| setting | value |
+|---|---|
+{_lines(f"| {name} | {value} |" for name, value in settings.items())}
+
+The licence of the base model holds for these weights too.
+"""
+
+
+def _how_to_use(concept: Concept, prompt: str) -> str:
+    """The section of a model card that shows how to load the concept."""
+    load_tokens = "".join(
+        f'pipeline.load_textual_inversion(model, weight_name="{token}.bin")\n' for token in concept.tokens
+    )
+    return f"""## Use it
 
 With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
 
@@ -64,28 +85,23 @@ pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16).to
 pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline=pipeline)
 {load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
-
-## How it was {origin}
-
-| setting | value |
-|---|---|
-{_lines(f"| {name} | {value} |" for name, value in settings.items())}
-
-The licence of the base model holds for these weights too.
 """
+
+
+def _metadata(base_model: str | None, tags: Sequence[str], instance_prompt: str | None, widget: list[Any]) -> str:
+    """The YAML header of a card, which the Hub and our own commands read."""
     data = ModelCardData(
-        base_model=concept.base_model,
+        base_model=base_model,
         # Which licence that is depends on the base model; the Hub wants a name for what is on none of its lists.
         license="other",
         license_name="as-the-base-model",
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion", "custom-diffusion", "diffusers-training"],
-        instance_prompt=", ".join(prompts),
-        # What the Hub's page shows and lets visitors try.
-        widget=[{"text": prompt, "output": {"url": name}} for name in sample_images] or [{"text": prompt}],
+        tags=["text-to-image", "diffusers", "stable-diffusion", *tags],
+        instance_prompt=instance_prompt,
+        widget=widget,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -100,29 +116,19 @@ def lora_card(concept: Concept, name: str) -> str:
     for token in concept.tokens:
         comfy = comfy.replace(token, f"embedding:{token}")
     stem = name.removesuffix(".safetensors")
-    base = concept.base_model or "the base model"
+    base_model = concept.base_model or "the base model"
     loads = "".join(
         f'pipeline.load_textual_inversion(folder, weight_name="{token}.safetensors", token="{token}")\n'
         for token in concept.tokens
     )
-    data = ModelCardData(
-        # The Hub refuses a card whose base model is no model of its own, such as a local folder.
-        base_model=base if is_hub_id(base) else None,
-        license="other",
-        license_name="as-the-base-model",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion", "lora", "textual_inversion", "custom-diffusion"],
-        instance_prompt=concept.instance_prompt,
-        widget=[{"text": prompt}],
-    )
-    return f"""---
-{data.to_yaml()}
----
-
+    # The Hub refuses a card whose base model is no model of its own, such as a local folder.
+    on_hub = base_model if is_hub_id(base_model) else None
+    tags = ["lora", "textual_inversion", "custom-diffusion"]
+    data = _metadata(on_hub, tags, concept.instance_prompt, [{"text": prompt}])
+    return f"""{data}
 # LoRA and embeddings of {words}
 
-For {base}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
+For {base_model}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
 
 | program | `{name}` goes to | the words go to | prompt |
 |---|---|---|---|
@@ -137,16 +143,16 @@ A word's name in these programs is the name of its file. Windows allows no angle
 from diffusers import DiffusionPipeline
 
 folder = "."  # or the name on the Hub
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained("{base_model}")
 pipeline.load_lora_weights(folder, weight_name="{name}")
 {loads}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
 ```
 """
 
 
-def merged_card(merged: Concept, parts: Sequence[Part], settings: Mapping[str, object]) -> bytes:
+def merged_card(merged: Concept, parts: Sequence[Part], settings: Mapping[str, object]) -> str:
     """The model card of the merged concept; ``settings`` are those of merging."""
     prompts = [f"photo of a {phrase}" for part in parts for phrase in part.phrases()]
     together = " and a ".join(phrase for part in parts for phrase in part.phrases())
     settings = {"concepts": ", ".join(Path(part.concept.source).name for part in parts), **settings}
-    return model_card(merged, prompts, settings, f"a {together}", origin="merged").encode()
+    return model_card(merged, prompts, settings, f"a {together}", origin="merged")

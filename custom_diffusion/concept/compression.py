@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from custom_diffusion.concept.files import Concept
-from custom_diffusion.errors import UserError
+from custom_diffusion.concept.projections import check_shape
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-
 PAPER_ENERGY = 0.6
 
-
-LEVELS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
-
-
-# fmt: on
+_LEVELS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the table
 
 
 @dataclass(frozen=True)
@@ -49,21 +43,20 @@ class Decomposition:
         return self.u[:, :rank] * root, root.unsqueeze(1) * self.v[:rank]
 
 
-def decompose(concept: Concept, base: Mapping[str, Tensor]) -> dict[str, Decomposition]:
+def decompose(concept: Concept, originals: Mapping[str, Tensor]) -> dict[str, Decomposition]:
     """Per trained projection matrix the singular values of its change.
+
+    Args:
+        originals: the base model's projections, keyed like :attr:`Concept.attention`.
 
     Raises:
         UserError: where the concept does not fit the base model.
     """
     result = {}
     for key, weight in concept.attention.items():
-        if weight.shape != base[key].shape:
-            raise UserError(
-                f"{concept.source!r} has {key!r} of shape {tuple(weight.shape)}, the base model has "
-                f"{tuple(base[key].shape)}: give the base model that it was trained on"
-            )
+        check_shape(concept, key, weight, originals[key])
         if weight.dim() == 2:
-            u, s, v = torch.linalg.svd(weight.float() - base[key], full_matrices=False)
+            u, s, v = torch.linalg.svd(weight.float() - originals[key], full_matrices=False)
             result[key] = Decomposition(u, s, v)
     return result
 
@@ -84,7 +77,7 @@ def megabytes(decompositions: Mapping[str, Decomposition], ranks: Mapping[str, i
 def energy_table(decompositions: Mapping[str, Decomposition]) -> str:
     """A Markdown table: per energy the ranks, the sizes and the error of a LoRA."""
     lines = ["| energy | rank per layer | fp16 | fp32 | relative error |", "|---|---|---|---|---|"]
-    for level in LEVELS:
+    for level in _LEVELS:
         ranks = {key: d.rank(level) for key, d in decompositions.items()}
         sizes = " | ".join(f"{megabytes(decompositions, ranks, dtype):.1f} MB" for dtype in DTYPES.values())
         error = relative_error(decompositions, ranks)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -18,30 +19,32 @@ from custom_diffusion.concept import formats
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import lora_card
 from custom_diffusion.concept.compression import DTYPES, PAPER_ENERGY, Decomposition, decompose, relative_error
-from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name
-from custom_diffusion.files import write_whole
+from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name, vectors_by_key
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.text import first_line
 
 
-def export_lora(concept: Concept, base: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
+def export_lora(concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
     """Write a LoRA in kohya-ss' naming, and one embedding file per token."""
-    decompositions = decompose(concept, base)
+    decompositions = decompose(concept, originals)
     ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
     dtype = DTYPES[args.dtype or "fp16"]
     tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
     name = lora_name(folder, concept)
     data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
-    write_whole(folder / name, lambda file: file.write(data))
+    write_bytes(folder / name, data)
     for token, vectors in concept.tokens.items():
-        vector = vectors["text_encoder"]
         check_token_name(token)
-        embedding = safetensors.torch.save(formats.to_embedding(vector), metadata={"format": "pt"})
-        write_whole(folder / f"{token}.safetensors", lambda file, data=embedding: file.write(data))
-    write_whole(folder / CARD_NAME, lambda file: file.write(lora_card(concept, name).encode()))
+        content = formats.to_embedding(vectors_by_key(token, vectors))
+        embedding = safetensors.torch.save(content, metadata={"format": "pt"})
+        write_bytes(folder / f"{token}.safetensors", embedding)
+    write_bytes(folder / CARD_NAME, lora_card(concept, name).encode())
     biases = [key for key, weight in concept.attention.items() if weight.dim() == 1]
     if biases:
-        change = sum((concept.attention[key] - base[key]).float().square().sum().item() for key in biases)
-        whole = sum(base[key].square().sum().item() for key in biases)
+        change = sum((concept.attention[key] - originals[key]).float().square().sum().item() for key in biases)
+        whole = sum(originals[key].square().sum().item() for key in biases)
         print(
             f"warning: a LoRA holds matrices only, so the trained biases of {len(biases)} output projections are left "
             f"out (they changed by {math.sqrt(change / max(whole, 1e-300)):.1%}); --format pipeline or delta holds all",
@@ -69,7 +72,8 @@ def lora_name(folder: Path, concept: Concept) -> str:
 
 def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
     """What programs read of a LoRA without loading it; kohya-ss' names."""
-    width = next(iter(concept.tokens.values()))["text_encoder"].shape[0] if concept.tokens else 0
+    vectors = next(iter(concept.tokens.values()), {})
+    width = sum(len(vector) for vector in vectors.values())  # as the cross-attention has it
     same = len(set(ranks.values())) == 1
     metadata = {
         "ss_network_module": "networks.lora",
@@ -82,9 +86,9 @@ def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
     return {"format": "pt"} | metadata
 
 
-def export_pipeline(concept: Concept, model: BaseModel, args: argparse.Namespace, folder: Path) -> None:
+def export_pipeline(concept: Concept, base_model: BaseModel, args: argparse.Namespace, folder: Path) -> None:
     """Write the whole base model with the concept built in, in diffusers' layout."""
-    pipeline = model.pipeline(DTYPES[args.dtype or "fp32"])
+    pipeline = base_model.pipeline(DTYPES[args.dtype or "fp32"])
     apply_concepts(pipeline, concept)
     # Whole or not at all: it gets its name when it is complete.
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -93,22 +97,23 @@ def export_pipeline(concept: Concept, model: BaseModel, args: argparse.Namespace
         pipeline.save_pretrained(temporary)
         folder.rmdir()
         temporary.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{str(folder)!r} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f'{folder}: DiffusionPipeline.from_pretrained("{folder}") knows {", ".join(concept.tokens)}')
 
 
-def export_delta(concept: Concept, base: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
+def export_delta(concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
     """Write the authors' delta.bin, compressed where that is asked for."""
     factors = None
     if args.rank is not None or args.energy is not None:
         # Their compress.py leaves queries and outputs whole, and their loader expects that.
         small = {k: w for k, w in concept.attention.items() if "to_k_custom" in k or "to_v_custom" in k}
-        decompositions = decompose(replace(concept, attention=small), base)
+        decompositions = decompose(replace(concept, attention=small), originals)
         factors = {key: d.factors(chosen_rank(d, args)) for key, d in decompositions.items()}
-    content = formats.to_delta(
-        concept.attention, {token: own["text_encoder"] for token, own in concept.tokens.items()}, factors
-    )
+    tokens = {token: list(vectors_by_key(token, vectors).values()) for token, vectors in concept.tokens.items()}
+    content = formats.to_delta(concept.attention, tokens, factors)
     name = "compressed_delta.bin" if factors else "delta.bin"
     write_whole(folder / name, lambda file: torch.save(content, file))
     size = (folder / name).stat().st_size / 1e6

@@ -1,10 +1,11 @@
-"""A learned concept: its files on disk, and how it goes into a pipeline and out again.
+"""A learned concept, and its files on disk.
 
-This module is the only place that knows the format. A concept is a folder (or a Hub repository) with
+This module is the only place that knows our own format. A concept is a folder (or a Hub repository) with
 
 - ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
   projections, under the keys of diffusers' Custom Diffusion processors;
-- ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``;
+- ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``, or where
+  the base model has several text encoders a vector for each, under the names that :mod:`families` gives them;
 - ``README.md``: a model card whose ``base_model`` says which model the weights belong to.
 
 The authors' ``delta.bin`` is read in place of these (:mod:`formats` knows its layout).
@@ -27,49 +28,16 @@ from torch import Tensor
 
 from custom_diffusion.concept import formats
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import has_hub_form, is_hub_id, write_whole
+from custom_diffusion.files import has_hub_form, is_hub_id, write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
-from custom_diffusion.models.families import FAMILIES
+from custom_diffusion.models.families import FAMILIES, family_with
 from custom_diffusion.text import first_line
 
-
-def find_base_model(
-    given: str | None, revision: str | None, variant: str | None, concepts: Sequence[Concept]
-) -> BaseModel:
-    """The base model of the command line, or else the one that the concepts' cards name.
-
-    Raises:
-        UserError: where none is known, the cards disagree, or there is no such folder.
-    """
-    known = {concept.base_model: concept.source for concept in concepts if concept.base_model}
-    if given is None and len(known) > 1:
-        (one, its), (other, others) = list(known.items())[:2]
-        raise UserError(
-            f"{its!r} was trained on {one!r} and {others!r} on {other!r}; "
-            "if these are the same model, give --pretrained_model_name_or_path"
-        )
-    name = given or next(iter(known), None)
-    if name is None:
-        raise UserError(f"the card of {concepts[0].source!r} names no base model: give --pretrained_model_name_or_path")
-    if not Path(name).is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
-    return BaseModel(name, revision, variant)
-
-
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
-
-
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
-
-
 CARD_NAME = "README.md"
-
-
 MOST_DOWNLOADED_BYTES = 2 * 2**30  # a concept of all projections of the largest base models takes a tenth of it
-
-
 MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
-
 
 # Windows forbids more than a separator needs, the customary angle brackets among it.
 _NOT_IN_FILE_NAMES = '/\\:<>"|?*' if os.name == "nt" else "/\\:"
@@ -161,19 +129,18 @@ def save_concept(
     files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
     written = []
     if safetensors_too:
-        contents = dict(files)
+        contents: dict[str, dict[str, Any]] = dict(files)
         if cpu:
             contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
         for stem, tensors in contents.items():
-            data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-            write_whole(folder / f"{stem}.safetensors", lambda file, data=data: file.write(data))
+            write_bytes(folder / f"{stem}.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
             written.append(f"{stem}.safetensors")
     if bin_too:
         contents = dict(files)
         if cpu:
             contents[WEIGHTS_STEM] = cpu | {name: {} for name in untrained}
         for stem, tensors in contents.items():
-            write_whole(folder / f"{stem}.bin", lambda file, tensors=tensors: torch.save(tensors, file))
+            write_whole(folder / f"{stem}.bin", partial(torch.save, tensors))
             written.append(f"{stem}.bin")
     return written
 
@@ -194,11 +161,13 @@ def load_concept(source: str | os.PathLike) -> Concept:
     folder = path if path.is_dir() else path.parent
     files = _weight_files(folder)
     delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
-    if path.is_file() or (delta is not None and WEIGHTS_STEM not in files):
-        attention, differences, tokens = _read_delta(path if path.is_file() else delta)
+    differences: dict[str, Tensor] = {}
+    if path.is_file():
+        attention, differences, tokens = _read_delta(path)
+    elif delta is not None and WEIGHTS_STEM not in files:
+        attention, differences, tokens = _read_delta(delta)
     else:
         attention, tokens = _read_own_files(files)
-        differences = {}
     if not attention and not differences and not tokens:
         raise UserError(
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
@@ -226,13 +195,24 @@ def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[
     return attention, tokens
 
 
+def vectors_by_key(token: str, vectors: Mapping[str, Tensor]) -> dict[str | None, Tensor]:
+    """A token's vectors under the keys that they have in files, see :class:`families.TextEncoder`.
+
+    Raises:
+        UserError: for vectors that are for no family's text encoders.
+    """
+    family = family_with(vectors)
+    if family is None:
+        raise UserError(
+            f"the modifier token {token!r} has embeddings for {', '.join(vectors)}: no family that is known"
+        )
+    return {part.token_key: vectors[part.name] for part in family.text_encoders}
+
+
 def _token_file(token: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The content of a token's file: its vector under its own name, or several under the names of their encoders."""
-    for family in FAMILIES:
-        if {part.name for part in family.text_encoders} == set(vectors):
-            parts = family.text_encoders
-            return {part.token_key or token: vectors[part.name].detach().to("cpu", copy=True) for part in parts}
-    raise UserError(f"the modifier token {token!r} has embeddings for {', '.join(vectors)}: no family that is known")
+    by_key = vectors_by_key(token, vectors)
+    return {key or token: vector.detach().to("cpu", copy=True) for key, vector in by_key.items()}
 
 
 def _vectors_of_token(token: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -253,7 +233,7 @@ def _check_finite(concept: Concept) -> None:
             raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
 
-def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     try:
         attention, differences, tokens = formats.from_delta(_read_tensors(path))
     except UserError:
@@ -262,8 +242,18 @@ def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
         raise UserError(f"{path} {error}") from error
     for token in tokens:
         check_token_name(token)
-    # Clones as above: whoever saved these may have stored views too.
-    return attention, differences, {token: {"text_encoder": vector.clone()} for token, vector in tokens.items()}
+    return attention, differences, {token: _by_text_encoder(path, token, own) for token, own in tokens.items()}
+
+
+def _by_text_encoder(path: Path, token: str, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The vectors of a delta's token, which stand in the order of the text encoders, by the encoders' names."""
+    for family in FAMILIES:
+        if len(family.text_encoders) == len(vectors):
+            # Clones as above: whoever saved these may have stored views too.
+            return {part.name: vector.clone() for part, vector in zip(family.text_encoders, vectors, strict=True)}
+    raise UserError(
+        f"{path} has {len(vectors)} vectors for {token!r}, as those of Stable Diffusion XL have: it cannot be read"
+    )
 
 
 def _local_path(source: str) -> Path:
@@ -282,7 +272,8 @@ def _local_path(source: str) -> Path:
             allow_patterns=[pattern, CARD_NAME],
             ignore_patterns=["*/*"],
         )
-        size = sum(file.file_size or 0 for file in wanted(dry_run=True) if file.will_download)
+        plan: Any = wanted(dry_run=True)
+        size = sum(file.file_size or 0 for file in plan if file.will_download)
         if size > MOST_DOWNLOADED_BYTES:
             raise UserError(f"{source!r} has {size / 2**30:.1f} GiB of weights: no concept is that large, refused")
         return Path(wanted())
@@ -342,3 +333,26 @@ def _read_card(folder: Path) -> tuple[str | None, str | None]:
         base_model if isinstance(base_model, str) else None,
         instance_prompt if isinstance(instance_prompt, str) else None,
     )
+
+
+def find_base_model(
+    given: str | None, revision: str | None, variant: str | None, concepts: Sequence[Concept]
+) -> BaseModel:
+    """The base model of the command line, or else the one that the concepts' cards name.
+
+    Raises:
+        UserError: where none is known, the cards disagree, or there is no such folder.
+    """
+    known = {concept.base_model: concept.source for concept in concepts if concept.base_model}
+    if given is None and len(known) > 1:
+        (one, its), (other, others) = list(known.items())[:2]
+        raise UserError(
+            f"{its!r} was trained on {one!r} and {others!r} on {other!r}; "
+            "if these are the same model, give --pretrained_model_name_or_path"
+        )
+    name = given or next(iter(known), None)
+    if name is None:
+        raise UserError(f"the card of {concepts[0].source!r} names no base model: give --pretrained_model_name_or_path")
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise UserError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
+    return BaseModel(name, revision, variant)

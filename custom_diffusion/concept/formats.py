@@ -1,6 +1,6 @@
 """Other programs' files of a concept: names and layouts only, nothing is read from or written to disk here.
 
-Beside :mod:`concept` because each layout is a translation of the same two tables, trained projections and tokens:
+Beside :mod:`files` because each layout is a translation of the same two tables, trained projections and tokens:
 
 - the authors' ``delta.bin`` (their diffusers code): ``{"unet": {parameter name: weight}, "modifier_token": {...}}``,
   with ``{"u", "v"}`` in place of a weight where their compress.py has been;
@@ -12,7 +12,7 @@ Beside :mod:`concept` because each layout is a translation of the same two table
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,7 @@ KEY = re.compile(
     r"(?P<projection>to_k|to_v|to_q|to_out)_custom_diffusion\.(?P<parameter>(?:0\.)?(?:weight|bias))"
 )
 
-
 _PARAMETER = re.compile(r"(.+\.attn2)\.(to_k|to_v|to_q|to_out)\.((?:0\.)?(?:weight|bias))")
-
 
 _COMPVIS = re.compile(r"model\.diffusion_model\.(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.(.+)")
 
@@ -63,12 +61,13 @@ def _parameter_of_compvis(name: str) -> str:
     return f"mid_block.attentions.0.{rest}"
 
 
-def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[Tensor]]]:
     """Translate the content of a ``delta.bin`` or ``delta.ckpt``.
 
     Returns:
         Trained projections, low-rank differences from the base model (compressed files have these instead), both
-        keyed like :attr:`concept.Concept.attention`, and tokens. Tensors are the very ones of ``content``.
+        keyed like :attr:`Concept.attention`, and tokens with their vectors, one per text encoder in the order in which
+        the authors encode with them. Tensors are the very ones of ``content``.
 
     Raises:
         ValueError: for content that is something else, or more than a concept can hold.
@@ -93,10 +92,11 @@ def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
             weights[key] = value
         else:
             raise ValueError(f"holds no weights for {name!r}")
-    for token, vector in tokens.items():
-        if not isinstance(vector, Tensor) or vector.dim() != 1:
-            raise ValueError(f"holds no single vector for {token!r}: deltas of Stable Diffusion XL cannot be read")
-    return weights, differences, dict(tokens)
+    vectors = {token: list(own) if isinstance(own, (list, tuple)) else [own] for token, own in tokens.items()}
+    for token, own in vectors.items():
+        if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in own):
+            raise ValueError(f"holds no vector for {token!r}")
+    return weights, differences, vectors
 
 
 def _from_compvis(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,13 +113,14 @@ def _from_compvis(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_delta(
     attention: Mapping[str, Tensor],
-    tokens: Mapping[str, Tensor],
+    tokens: Mapping[str, Sequence[Tensor]],
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The content of a ``delta.bin``.
 
     Args:
-        attention, tokens: as in :class:`concept.Concept`.
+        attention: as in :class:`Concept`.
+        tokens: as :func:`from_delta` gives them.
         factors: for some keys the low-rank factors (u, v) of the difference, as the authors' compress.py stores them.
     """
     unet: dict[str, Any] = {}
@@ -129,7 +130,12 @@ def to_delta(
             unet[parameter_name(key)] = {"u": u.clone(), "v": v.clone()}
         else:
             unet[parameter_name(key)] = weight.detach().to("cpu", copy=True)
-    return {"unet": unet, "modifier_token": {token: vector.detach().clone() for token, vector in tokens.items()}}
+    vectors = {token: [vector.detach().clone() for vector in own] for token, own in tokens.items()}
+    return {
+        "unet": unet,
+        # One is no list: that is how the authors' code for Stable Diffusion 1.x writes it, and theirs for XL differs.
+        "modifier_token": {token: own[0] if len(own) == 1 else own for token, own in vectors.items()},
+    }
 
 
 def to_lora(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -153,10 +159,14 @@ def to_lora(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) ->
     return tensors
 
 
-def to_embedding(vector: Tensor) -> dict[str, Tensor]:
-    """An embedding file of one word: a single tensor ``emb_params`` of shape (1, width).
+def to_embedding(vectors: Mapping[str | None, Tensor]) -> dict[str, Tensor]:
+    """An embedding file of one word: (1, width) for each text encoder, under its key in the token's own file.
 
-    AUTOMATIC1111 wants exactly one tensor in the file; ComfyUI takes ``clip_l`` or else the first tensor, and
-    InvokeAI and kohya-ss know ``emb_params``: this is the form that all of them read.
+    Where a family has a single text encoder, which has no key there, it is ``emb_params``: AUTOMATIC1111 wants exactly
+    one tensor in the file; ComfyUI takes ``clip_l`` or else the first tensor, and InvokeAI and kohya-ss know
+    ``emb_params``, so this is the form that all of them read.
     """
-    return {"emb_params": vector.detach().to("cpu", torch.float32, copy=True).unsqueeze(0)}
+    return {
+        key or "emb_params": vector.detach().to("cpu", torch.float32, copy=True).unsqueeze(0)
+        for key, vector in vectors.items()
+    }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_diffusion.errors import UserError
+from custom_diffusion.files import read_text
 from custom_diffusion.text import first_line
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of an image folder's metadata, the first that there is
@@ -34,7 +35,7 @@ def dataset_folder(name: str, cache: Path) -> Path:
     except ImportError as error:
         raise UserError(
             f"there is no folder {name!r} (instance_data_dir); to take it for a dataset on the Hub, "
-            "pip install -r requirements-datasets.txt"
+            'pip install ".[datasets]"'
         ) from error
     repository, _, revision = name.partition("@")
     try:
@@ -97,7 +98,7 @@ def find_captions(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, str],
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HOME
 
 from custom_diffusion.data.captions import dataset_folder
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import is_hub_id
+from custom_diffusion.files import is_hub_id, read_text
 from custom_diffusion.text import one_line
 
 
@@ -52,7 +52,7 @@ def read_list(path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
         UserError: for a file that cannot be read, or is no list of objects.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # broken JSON and text that is not UTF-8

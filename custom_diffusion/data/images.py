@@ -10,6 +10,7 @@ from pathlib import Path
 from custom_diffusion.data.captions import find_captions
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
+from custom_diffusion.files import read_text
 from custom_diffusion.images import readable_images
 
 logger = logging.getLogger("custom_diffusion")
@@ -70,7 +71,9 @@ def find_class_images(
             captions = dict(_retrieved_images(folder, _retrieve_command(concept, num_class_images)))
         else:
             captions = {path: concept.class_prompt for path in sorted(folder.iterdir()) if path.is_file()}
-        good, bad, paths = [], [], list(captions)
+        good: list[Path] = []
+        bad: list[Path] = []
+        paths = list(captions)
         # In portions: replacements for broken ones are found without decoding thousands that are not needed.
         while paths and len(good) < num_class_images:
             readable, unreadable = readable_images(paths[:num_class_images])
@@ -100,7 +103,7 @@ def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
     for name in ("images.txt", "caption.txt"):
         try:
             # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
+            lines[name] = read_text(folder / name).removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
     if len(lines["images.txt"]) != len(lines["caption.txt"]):

@@ -72,7 +72,7 @@ class BaseModel:
                 part.name: self.load(CLIPTokenizer.from_pretrained, part.tokenizer) for part in family.text_encoders
             }
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(other, revision=self.revision)
+            tokenizer = CLIPTokenizer.from_pretrained(other, revision=self.revision or "main")
         except Exception as error:
             raise UserError(f"cannot load the tokenizer {other!r} (--tokenizer_name)") from error
         return {part.name: tokenizer for part in family.text_encoders}

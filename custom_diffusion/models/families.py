@@ -20,6 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
 
+# Text encoders by name.
+TextEncoders = Mapping[str, Any] | nn.ModuleDict
 # What the UNet is told of captions, by name; the first dimension of every tensor counts the captions.
 Conditioning = dict[str, Tensor]
 
@@ -72,11 +74,10 @@ class Family(ABC):
         }
 
     @abstractmethod
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of N captions.
 
         Args:
-            text_encoders: by name; a ``nn.ModuleDict`` will do.
             input_ids: per text encoder, (N, length).
         """
 
@@ -96,7 +97,7 @@ class Family(ABC):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """A pipeline of models that are in memory already."""
@@ -112,7 +113,7 @@ class StableDiffusion(Family):
         """See :class:`Family`."""
         return "unet" in components and "text_encoder_2" not in components
 
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """``features``, (N, length, text width)."""
         return {"features": text_encoders["text_encoder"](input_ids["text_encoder"])[0]}
 
@@ -127,7 +128,7 @@ class StableDiffusion(Family):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """See :class:`Family`; without a safety checker."""
@@ -167,3 +168,9 @@ def text_models_of(family: Family, pipeline: Any) -> tuple[dict[str, Any], dict[
     """The tokenizers and the text encoders of a pipeline, both by the text encoder's name."""
     tokenizers = {part.name: getattr(pipeline, part.tokenizer) for part in family.text_encoders}
     return tokenizers, {part.name: getattr(pipeline, part.name) for part in family.text_encoders}
+
+
+def family_with(text_encoders: Collection[str]) -> Family | None:
+    """The family that has exactly these text encoders, by name, such as the vectors of a token are for."""
+    wanted = set(text_encoders)
+    return next((family for family in FAMILIES if {part.name for part in family.text_encoders} == wanted), None)

@@ -1,12 +1,14 @@
-"""New words in tokenizers and text encoders: the one place that adds them."""
+"""New words in tokenizers and text encoders: the one place that adds them, and takes them out again."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from custom_diffusion.errors import UserError
 
@@ -50,14 +52,61 @@ def add_words(tokenizer: Any, words: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def add_embeddings(text_encoder: nn.Module, tokenizer: Any, vectors: Mapping[str, Tensor]) -> None:
+def add_embeddings(text_encoder: Any, tokenizer: Any, vectors: Mapping[str, Tensor]) -> None:
     """Give a text encoder the embeddings of words that its tokenizer knows; its table grows where it is too short.
 
     Args:
         vectors: word to embedding, (text width,).
     """
-    if len(tokenizer) > len(text_encoder.get_input_embeddings().weight):
+    if len(tokenizer) > len(embedding_table(text_encoder)):
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table = text_encoder.get_input_embeddings().weight
+    table = embedding_table(text_encoder)
     for word, vector in vectors.items():
         table[tokenizer.convert_tokens_to_ids(word)] = vector.to(table.device, table.dtype)
+
+
+def embedding_table(text_encoder: Any) -> Tensor:
+    """The embeddings of a text encoder's vocabulary, (vocabulary size, text width)."""
+    table = text_encoder.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table
+
+
+@dataclass(frozen=True)
+class AddedWords:
+    """Words inside a tokenizer and a text encoder; :meth:`remove` takes them out again, exactly.
+
+    Attributes:
+        tokenizer: a copy of the original with the words, because others may share the original.
+        original: the tokenizer without them.
+        text_encoder: the text encoder that has their embeddings.
+        rows: how many rows its table had before.
+        covered_rows: what stood in the words' rows, as far as the table had them.
+    """
+
+    tokenizer: Any
+    original: Any
+    text_encoder: Any
+    rows: int
+    covered_rows: Tensor
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Give the text encoder's table its original rows."""
+        first = len(self.original)
+        embedding_table(self.text_encoder)[first : first + len(self.covered_rows)] = self.covered_rows
+        self.text_encoder.resize_token_embeddings(self.rows, mean_resizing=False)
+
+
+def put_words(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) -> AddedWords:
+    """Put words into a copy of a tokenizer and into a text encoder.
+
+    Args:
+        vectors: word to embedding, (text width,).
+    """
+    table = embedding_table(text_encoder)
+    rows, covered_rows = len(table), table[len(tokenizer) :][: len(vectors)].detach().clone()
+    with_words = copy.deepcopy(tokenizer)
+    add_words(with_words, list(vectors))
+    add_embeddings(text_encoder, with_words, vectors)
+    return AddedWords(with_words, tokenizer, text_encoder, rows, covered_rows)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,10 @@ from transformers import CLIPTokenizer
 
 from custom_diffusion.command_line import CONFIG_NAME, save_config
 from custom_diffusion.concept.files import Concept, load_concept
+from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.data.dataset import CustomDiffusionDataset, collate_fn, position_batches
+from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import output_folder
 from custom_diffusion.machine import computes_bf16, return_freed_memory, use_all_cores
@@ -296,8 +298,9 @@ def build_optimizer(
     if args.scale_lr:
         learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
         learning_rate *= 2.0 if args.with_prior_preservation else 1.0
+    optimizer_class: Callable[..., torch.optim.Optimizer]
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
+        optimizer_class = importlib.import_module("bitsandbytes.optim").AdamW8bit
     else:
         # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
         fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"

@@ -232,5 +232,5 @@ def finish(run: Run, seconds_per_step: float) -> None:
             accelerator.wait_for_everyone()
             # Freed in this order, two processes end cleanly even on a busy machine.
             accelerator.end_training()
-            run.model = run.optimizer = run.lr_scheduler = None
+            del run.model, run.optimizer, run.lr_scheduler
             accelerator.free_memory()

@@ -88,7 +88,8 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
     found = []
     others = {name: BEFORE_THE_FLAG[name] for name in BEFORE_THE_FLAG if name in settings} | others
     for name in sorted((settings.keys() | others.keys()) - NOT_COMPARED):
-        mine, other = settings.get(name), others.get(name)
+        mine: Any = settings.get(name)
+        other: Any = others.get(name)
         if mine == other or (name in NOT_ALWAYS_KNOWN and None in (mine, other)):
             continue
         if name == "instance_contents":

@@ -72,7 +72,7 @@ class StopSignal:
         before = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
         self._before = before if isinstance(before, StopSignal) else None
         # One that came in the last step may still have its echo to come.
-        self._noted = self._before._noted if self._before is not None else None
+        self._noted: float | None = self._before._noted if self._before is not None else None
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from custom_diffusion.concept.files import check_token_name
 from custom_diffusion.errors import UserError
@@ -123,11 +123,12 @@ class ModifierTokenEmbedding(nn.Module):
         return torch.where(is_modifier.unsqueeze(-1), learned, known)
 
 
-def train_new_words(text_encoders: Mapping[str, nn.Module], modifier_tokens: ModifierTokens) -> None:
+def train_new_words(text_encoders: Mapping[str, PreTrainedModel], modifier_tokens: ModifierTokens) -> None:
     """Put trainable rows for the modifier tokens behind the embedding table of every text encoder."""
     if not modifier_tokens.tokens:
         return
     for name, text_encoder in text_encoders.items():
         table = text_encoder.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
         rows = table.weight.detach()[modifier_tokens.initializer_ids[name]].float().clone()
         text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[name][0], rows))
