@@ -18,8 +18,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+import infer
 import train_custom_diffusion
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.prompts import side_by_side
+from custom_diffusion.concept.text_features import read_captions
 from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.class_images import PromptDataset, generate_class_images
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
@@ -342,7 +345,7 @@ def test_augmentation_follows_the_paper(images: Path, tokenize: Tokenize, tokeni
 def test_no_mask_is_ever_empty(size: int, mask_size: int, images: Path) -> None:
     renderer = Renderer(size, mask_size)
     random = np.random.default_rng(0)
-    for scale in [*range(max(1, size // 3), size + 1)] * 2:
+    for scale in [*range(max(1, size // 3), size + 1, max(1, size // 64)), size] * 2:
         view = View(images / "0.png", False, scale, *random.random(2))
         pixels, mask = renderer.render(view), renderer.mask(view)
         assert pixels.shape == (3, size, size)
@@ -705,3 +708,10 @@ def test_a_byte_order_mark_makes_no_difference(encoding: str, tmp_path: Path, mo
     args = train_custom_diffusion.parse_args(["--config=run.yaml", "--pretrained_model_name_or_path=x"])
     assert args.seed == 3
     assert [one.instance_folder for one in read_concepts(args)] == [folder]
+
+    (tmp_path / "prompts.txt").write_bytes(marked("<new1> été\n\n<new1> cat\n", encoding))
+    assert infer.parse_args(["--prompts_file=prompts.txt"]).prompt == ["<new1> été", "<new1> cat"]
+    assert read_captions(tmp_path / "prompts.txt", 2) == ["<new1> été", "<new1> cat"]
+    save_concept(Concept({}, {"<new1>": {"text_encoder": torch.ones(4)}}), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_bytes(marked("---\nbase_model: some/model\n---\n# Card\n", encoding))
+    assert load_concept(tmp_path / "model").base_model == "some/model"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import read_text, write_whole
+from custom_diffusion.files import read_text, write_bytes
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -63,8 +63,7 @@ class ClassImageFolder:
 
     def record(self) -> None:
         """Leave a record of the class prompt."""
-        content = json.dumps({"class_prompt": self.class_prompt}).encode()
-        write_whole(self.path / RECORD_NAME, lambda file: file.write(content))
+        write_bytes(self.path / RECORD_NAME, json.dumps({"class_prompt": self.class_prompt}).encode())
 
 
 def distinct_folders(folders: Iterable[ClassImageFolder]) -> list[ClassImageFolder]:

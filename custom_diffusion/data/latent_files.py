@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from custom_diffusion.data.views import RENDERING_VERSION, Renderer, View
-from custom_diffusion.files import write_whole
+from custom_diffusion.files import write_bytes
 
 # Before there were versions in front, a name was the second part alone.
 _NAME = re.compile(r"([0-9a-f]{16}-)?[0-9a-f]{64}\.safetensors")
@@ -79,8 +79,7 @@ def remove_stale(folder: Path) -> int:
 def write_posterior(path: Path, posterior: Tensor) -> None:
     """Keep a posterior with its checksum, whole or not at all."""
     checksum = torch.frombuffer(bytearray(hashlib.sha256(_bytes(posterior)).digest()), dtype=torch.uint8)
-    content = save({"posterior": posterior.contiguous(), "sha256": checksum})
-    write_whole(path, lambda file: file.write(content))
+    write_bytes(path, save({"posterior": posterior.contiguous(), "sha256": checksum}))
 
 
 def read_posterior(path: Path) -> Tensor | None:
