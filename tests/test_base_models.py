@@ -373,18 +373,17 @@ def no_length(model: Path) -> None:
 
 def too_long(model: Path) -> None:
     edit(model / "tokenizer" / "tokenizer_config.json", model_max_length=512)
-
-
-def fast_tokenizer(model: Path) -> None:
     index(tokenizer=["transformers", "CLIPTokenizerFast"])(model)
 
 
 def image_to_image(model: Path) -> None:
     index(_class_name="StableDiffusionImg2ImgPipeline")(model)
+    part("scheduler", _class_name="EulerDiscreteScheduler")(model)
 
 
-def inpainting_pipeline_of_four_channels(model: Path) -> None:
+def inpainting_with_four_channels(model: Path) -> None:
     index(_class_name="StableDiffusionInpaintPipeline")(model)
+    part("scheduler", _class_name="LCMScheduler")(model)
 
 
 def saved_with_a_controlnet(model: Path) -> None:
@@ -393,26 +392,16 @@ def saved_with_a_controlnet(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        no_length,
-        too_long,
-        fast_tokenizer,
-        image_to_image,
-        inpainting_pipeline_of_four_channels,
-        saved_with_a_controlnet,
-        part("scheduler", _class_name="EulerDiscreteScheduler"),
-        part("scheduler", _class_name="LCMScheduler"),
-    ],
+    "change", [no_length, too_long, image_to_image, inpainting_with_four_channels, saved_with_a_controlnet]
 )
 def test_whatever_trains_can_be_drawn_with(
     change: Callable[[Path], None], model: Path, images: Path, train_here: Train
 ) -> None:
     change(model)
     out = model.parent / "out"
-    prompt = {"validation_prompt": "<new1> cat", "num_validation_images": 1}
+    prompt = {"validation_prompt": "<new1> cat", "num_validation_images": 1} if change is no_length else {}
     train_here(flags(model, images, out, max_train_steps=1, **prompt))
-    assert (out / "image_0.png").is_file()
+    assert (out / "image_0.png").is_file() == bool(prompt)
     assert draws(model)
     tokenizers = BaseModel(str(model)).tokenizers(BaseModel(str(model)).family())
     assert tokenizers["text_encoder"].model_max_length == 77
