@@ -16,6 +16,7 @@ from custom_diffusion.command_line import (
     run,
     save_config,
 )
+from custom_diffusion.files import read_text
 
 # The names alone: what they stand for takes seconds to import.
 SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     if args.prompts_file is not None:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = read_text(args.prompts_file).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
         args.prompt += [line.strip() for line in lines if line.strip()]

@@ -52,6 +52,26 @@ def load_image(source: str | os.PathLike | IO[bytes], least_side: int | None = N
     raise broken
 
 
+def open_image(content: bytes, formats: list[str] | None = None) -> Image.Image:
+    """Open an encoded image without decoding it, as ``Image.open`` does, but also where its metadata is broken.
+
+    Args:
+        formats: Pillow's names of those that may be opened, all if None.
+
+    Raises:
+        Exception: what ``Image.open`` raises.
+    """
+    try:
+        return Image.open(io.BytesIO(content), formats=formats)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # broken files make Pillow raise nearly anything
+        for stripped in without_metadata(content):
+            with contextlib.suppress(Exception):
+                return Image.open(io.BytesIO(stripped), formats=formats)
+        raise
+
+
 def _content(source: str | os.PathLike | IO[bytes]) -> bytes:
     if isinstance(source, str | os.PathLike):
         return Path(source).read_bytes()

@@ -13,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_diffusion.concept.files import load_concept
-from custom_diffusion.data.caching import read_posterior
+from custom_diffusion.data.caching import encode_views
 from custom_diffusion.data.dataset import CustomDiffusionDataset
+from custom_diffusion.data.latent_files import read_posterior
+from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.training.frozen_layers import FrozenGroupNorm
 from custom_diffusion.training.run import Run, training_batches
@@ -28,6 +31,7 @@ from custom_diffusion.training.saving import validate
 from tests.conftest import draw_images, flags, prepare
 from train_custom_diffusion import train
 
+RENDERING = "custom_diffusion.data.latent_files.RENDERING_VERSION"
 Train = Callable[[list[str]], None]
 Tokenize = Callable[[str], dict[str, torch.Tensor]]
 
@@ -446,6 +450,70 @@ def test_latents_of_another_canvas_or_pair_are_not_used(base_model: Path, tmp_pa
     train_here(command(base_model, tmp_path, "out", keep_latents=True, **common, **more))
     train_here(command(base_model, tmp_path, "fresh", **common, **more))
     assert torch.equal(learned(tmp_path / "out"), learned(tmp_path / "fresh"))
+
+
+# Without a training run: views of two images, and a VAE of two layers.
+
+
+def small_vae(**options: object) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=[8], norm_num_groups=4, sample_size=16, **options).requires_grad_(False)
+
+
+def encode(folder: Path, vae: AutoencoderKL | None = None) -> dict[View, torch.Tensor]:
+    paths = sorted(draw_images(folder / "images", 2).iterdir())
+    views = [View(path, flip, 12, 0.3, 0.6) for path in paths for flip in (False, True)]
+    (folder / "out").mkdir(exist_ok=True)
+    return encode_views(Renderer(16, 16), views, vae or small_vae(), Accelerator(cpu=True), folder / "out" / "latents")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [f"{name}.__version__" for name in ("PIL", "torchvision", "torch", "diffusers")] + [RENDERING],
+)
+def test_latents_of_another_version_are_removed(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode(tmp_path)
+    before = kept(tmp_path / "out")
+    assert len(before) == 4
+    latents = tmp_path / "out" / "latents"
+    # As they were named before there were versions; and what is not ours.
+    for name in (f"{'0a' * 32}.safetensors", "notes.txt", f"{'x' * 64}.safetensors", "my.safetensors"):
+        (latents / name).write_bytes(b"old")
+    monkeypatch.setattr(what, "99")
+    with caplog.at_level("INFO", "custom_diffusion"):
+        encode(tmp_path)
+    after = kept(tmp_path / "out")
+    assert not after.keys() & before.keys()
+    assert after.keys() > {"notes.txt", f"{'x' * 64}.safetensors", "my.safetensors"}
+    assert len(after) == 4 + 3
+    assert "5 encoded images of other versions are removed from" in caplog.text
+    caplog.clear()
+    encode(tmp_path)
+    assert kept(tmp_path / "out") == after
+    assert "removed" not in caplog.text
+
+
+def test_latents_of_these_versions_stay_where_a_run_does_not_use_them(tmp_path: Path) -> None:
+    encode(tmp_path)
+    before = kept(tmp_path / "out")
+    other = small_vae(latent_channels=8)
+    assert next(iter(encode(tmp_path, other).values())).shape[1] == 8
+    assert kept(tmp_path / "out").items() > before.items()
+    encode(tmp_path)
+    assert len(kept(tmp_path / "out")) == 8
+
+
+def test_a_vae_without_quant_conv_is_one(tmp_path: Path) -> None:
+    with_it, without = small_vae(), small_vae(use_quant_conv=False)
+    assert without.quant_conv is None
+    encoded, others = encode(tmp_path, without), encode(tmp_path, with_it)
+    assert all(torch.isfinite(posterior).all() for posterior in encoded.values())
+    assert not any(torch.equal(encoded[view], others[view]) for view in encoded)
+    assert len(kept(tmp_path / "out")) == 8
+    again = encode(tmp_path, without)
+    assert all(torch.equal(again[view], encoded[view]) for view in encoded)
 
 
 # --- reading losses ------------------------------------------------------------------------------

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+import infer
 import train_custom_diffusion
+from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.prompts import side_by_side
+from custom_diffusion.concept.text_features import read_captions
 from custom_diffusion.data.batches import collate_fn, position_batches
-from custom_diffusion.data.class_images import PromptDataset
+from custom_diffusion.data.class_images import PromptDataset, generate_class_images
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
-from custom_diffusion.data.views import Renderer, View
+from custom_diffusion.data.views import RENDERING_VERSION, Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import load_image
 from tests.conftest import draw_images
@@ -110,6 +116,148 @@ def test_prompt_dataset_fills_the_gaps() -> None:
     assert [prompts[i] for i in range(len(prompts))] == [{"prompt": "cat", "index": index} for index in (1, 3, 4)]
 
 
+class Painter:
+    """A base model whose images show their noise and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def pipeline(self, dtype: torch.dtype, **options: object) -> Painter:
+        return self
+
+    def to(self, device: torch.device) -> Painter:
+        return self
+
+    def set_progress_bar_config(self, **options: object) -> None:
+        pass
+
+    def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> SimpleNamespace:
+        self.asked += prompts
+        noise = [(torch.rand(8, 8, 3, generator=one) * 255).byte().numpy() for one in generator]
+        return SimpleNamespace(images=[Image.fromarray(one) for one in noise])
+
+
+def generate(entries: Sequence[ConceptEntry], count: int = 3, seed: int = 42) -> list[str]:
+    """What the painter was asked for."""
+    painter = Painter()
+    args = SimpleNamespace(num_class_images=count, sample_batch_size=2, seed=seed, prior_generation_precision=None)
+    generate_class_images(painter, entries, Accelerator(cpu=True), args)
+    return painter.asked
+
+
+def generated(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jpg"))}
+
+
+def of_class(folder: Path, class_prompt: str = "cat") -> ConceptEntry:
+    return concept(folder.parent, class_prompt=class_prompt, class_data_dir=str(folder))
+
+
+def test_two_folders_of_one_class_prompt_hold_different_images(tmp_path: Path) -> None:
+    generate([of_class(tmp_path / "alone")])
+    both = [of_class(tmp_path / name) for name in ("a", "b", "c")]
+    generate(both)
+    assert generated(tmp_path / "a") == generated(tmp_path / "alone"), "as before there were others"
+    names = [name for folder in "abc" for name in generated(tmp_path / folder)]
+    assert len({name.split("-")[1] for name in names}) == 9
+    found = find_class_images(both, 3, real_prior=False)
+    assert len({path.read_bytes() for path, _ in found}) == len(found) == 9
+    # What is gone is generated again from its own noise.
+    before = generated(tmp_path / "b")
+    (tmp_path / "b" / next(iter(before))).unlink()
+    assert len(generate(both)) == 1
+    assert generated(tmp_path / "b") == before
+
+
+def test_concepts_that_share_a_folder_share_its_images(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "cat")
+    entries = [of_class(tmp_path / "cat"), of_class(tmp_path / "x" / ".." / "cat"), of_class(tmp_path / "link", "Cat ")]
+    assert generate(entries) == ["cat"] * 3, "generated once"
+    assert [path.name for path, _ in find_class_images(entries, 3, real_prior=False)] == list(
+        generated(tmp_path / "cat")
+    ), "and seen once"
+    real = retrieved(tmp_path / "real", ["a", "b"])
+    assert len(find_class_images([real, real], 2, real_prior=True)) == 2
+
+
+def read_list(tmp_path: Path, *entries: ConceptEntry, real_prior: bool = False) -> list[ConceptEntry]:
+    """What a run makes of a list of these concepts."""
+    names = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
+    (tmp_path / "list.json").write_text(
+        json.dumps([{name: getattr(entry, name) for name in names} for entry in entries])
+    )
+    return read_concepts(
+        SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=True, real_prior=real_prior)
+    )
+
+
+def test_images_of_one_class_are_not_taken_for_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cats, plants = of_class(tmp_path / "class"), of_class(tmp_path / "class", "plant")
+    with pytest.raises(UserError, match=r"class' would hold class images of 'cat' and of 'plant': give each"):
+        read_list(tmp_path, cats, plants)
+    generate(read_list(tmp_path, cats))
+    assert json.loads((tmp_path / "class" / "class_images.json").read_text()) == {"class_prompt": "cat"}
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        assert len(find_class_images([cats], 3, real_prior=False)) == 3
+    assert not caplog.records, "the record is no broken image"
+    with pytest.raises(UserError, match=r"generated for 'cat', not for 'plant': give another --class_data_dir, or"):
+        read_list(tmp_path, plants)
+    assert read_list(tmp_path, of_class(tmp_path / "class", "CAT"))
+
+    (tmp_path / "class" / "class_images.json").write_bytes(b'{"class_prompt": 3')
+    with pytest.raises(UserError, match=r"class_images.json' is damaged: remove it if the images beside it show 'cat'"):
+        read_list(tmp_path, cats)
+    # The way out: without images there is nothing to be mistaken.
+    for path in (tmp_path / "class").glob("*.jpg"):
+        path.unlink()
+    generate(read_list(tmp_path, plants))
+    with pytest.raises(UserError, match="generated for 'plant', not for 'cat'"):
+        read_list(tmp_path, cats)
+
+
+def test_folders_of_before_there_were_records_get_one(tmp_path: Path) -> None:
+    generate([of_class(tmp_path / "class")])
+    (tmp_path / "class" / "class_images.json").unlink()
+    entries = read_list(tmp_path, of_class(tmp_path / "class"))
+    assert generate(entries) == []
+    with pytest.raises(UserError, match="generated for 'cat', not for 'plant'"):
+        read_list(tmp_path, of_class(tmp_path / "class", "plant"))
+
+
+def test_class_images_of_ones_own_are_of_any_class(tmp_path: Path) -> None:
+    draw_images(tmp_path / "own", 3)
+    for prompt in ("cat", "plant"):
+        entries = read_list(tmp_path, of_class(tmp_path / "own", prompt))
+        assert generate(entries) == []
+        assert {prompt for _, prompt in find_class_images(entries, 3, real_prior=False)} == {prompt}
+    assert [path.suffix for path in (tmp_path / "own").iterdir()] == [".png"] * 3, "nothing was added"
+    with pytest.raises(UserError, match="would hold class images of 'cat' and of 'plant'"):
+        read_list(tmp_path, of_class(tmp_path / "own"), of_class(tmp_path / "own", "plant"))
+
+
+def test_real_class_images_are_not_mistaken_for_generated_ones(tmp_path: Path) -> None:
+    real = retrieved(tmp_path / "real", ["a", "b"])
+    assert read_list(tmp_path, real, real_prior=True)
+    with pytest.raises(UserError, match=r"holds real class images.*add --real_prior"):
+        read_list(tmp_path, real)
+
+
+def test_the_same_images_from_two_runs_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = of_class(tmp_path / "one"), of_class(tmp_path / "other")
+    generate([one])
+    generate([other])
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        generate([one, other])
+    assert "3 class images are both in" in caplog.text
+    for path in (tmp_path / "other").glob("*.jpg"):
+        path.unlink()
+    caplog.clear()
+    generate([one, other])
+    generate([one, other])
+    assert not caplog.records
+    assert not generated(tmp_path / "one").keys() & generated(tmp_path / "other").keys()
+
+
 # --- samples -------------------------------------------------------------------------------------
 
 
@@ -127,6 +275,25 @@ def test_the_centre_square_is_taken_not_squashed(tmp_path: Path, tokenize: Token
     pixels = dataset(stripes(tmp_path / "wide"), tokenize, aug=False)[0]["instance_images"]
     green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1)
     assert (pixels - green).abs().max() < 0.02, "only the middle third is in the centre square"
+
+
+# What the pixels below are, by :data:`views.RENDERING_VERSION`.
+PIXELS = {1: "93e2e653020852b818ffeb7a994950c960ccdf364aceceda2e6d12fed5636ae1"}
+
+
+def test_a_changed_rendering_has_a_version_of_its_own(tmp_path: Path) -> None:
+    y, x = np.mgrid[:90, :130]
+    image = Image.fromarray(np.stack([x * 2 % 256, y * 5 % 256, (x * y) % 256], axis=-1).astype(np.uint8))
+    digest = hashlib.sha256()
+    for mode in ("RGB", "L", "LA"):
+        image.convert(mode).save(tmp_path / "image.png")
+        for size, scale in ((64, 40), (64, 64), (64, 80), (64, None), (24, 20), (24, None)):
+            for padding_mode in ("constant", "edge"):
+                pixels = Renderer(size, size // 8, padding_mode).render(
+                    View(tmp_path / "image.png", True, scale, 0.3, 0.6)
+                )
+                digest.update(((pixels + 1) * 127.5).round().byte().numpy().tobytes())
+    assert digest.hexdigest() == PIXELS[RENDERING_VERSION], "kept latents are of other pixels: raise RENDERING_VERSION"
 
 
 def test_hflip_mirrors_half_of_the_samples(images: Path, tokenize: Tokenize) -> None:
@@ -178,7 +345,7 @@ def test_augmentation_follows_the_paper(images: Path, tokenize: Tokenize, tokeni
 def test_no_mask_is_ever_empty(size: int, mask_size: int, images: Path) -> None:
     renderer = Renderer(size, mask_size)
     random = np.random.default_rng(0)
-    for scale in [*range(max(1, size // 3), size + 1)] * 2:
+    for scale in [*range(max(1, size // 3), size + 1, max(1, size // 64)), size] * 2:
         view = View(images / "0.png", False, scale, *random.random(2))
         pixels, mask = renderer.render(view), renderer.mask(view)
         assert pixels.shape == (3, size, size)
@@ -377,8 +544,8 @@ def test_every_image_is_seen_once_an_epoch(images: Path, tokenize: Tokenize) -> 
 # --- captions of single images -----------------------------------------------------------------
 
 
-def captioned(folder: Path, tokens: Sequence[str] = ("<new1>",)) -> dict[str, str]:
-    return {path.name: prompt for path, prompt in find_instance_images([concept(folder)], tokens)}
+def captioned(folder: Path) -> dict[str, str]:
+    return {path.name: prompt for path, prompt in find_instance_images([concept(folder)])}
 
 
 def test_a_text_file_beside_an_image_is_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -411,13 +578,82 @@ def test_an_image_folders_metadata(column: str, tmp_path: Path) -> None:
         assert captioned(folder) == expected
 
 
-def test_captions_without_the_token_are_named(tmp_path: Path) -> None:
+def test_whatever_lies_beside_an_image_it_has_its_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = (draw_images(tmp_path / "drawn", 1) / "0.png").read_bytes()
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    expected = {}
+    for name, text_name in {
+        "1.png": "1.txt",
+        "1.jpg": "1.txt",  # of one stem
+        "2.PNG": "2.TXT",
+        "3.png": "3.caption",
+        "4.png": "4.png.txt",
+        "5.JPG": "5.jpg.caption",
+        "my.own.cat.png": "my.own.cat.txt",
+        "my.own.cat.2.png": "my.own.cat.2.png.Caption",
+        "no_ending": "no_ending.txt",
+        "a b.png": "a b.txt",
+    }.items():
+        (folder / name).write_bytes(image)
+        (folder / text_name).write_text(f"the <new1> of {text_name}")
+        expected[name] = f"the <new1> of {text_name}"
+    expected["6.png"] = "photo of a <new1> cat"
+    for name in ("6.png", "6-masklabel.png", "1_mask.png", "2.mask.png", "3-condlabel.jpg"):
+        (folder / name).write_bytes(image)
+    # What kohya's scripts, OneTrainer, Lightroom and a Mac leave.
+    for name in ("1.npz", "1_sdxl.npz", "1.json", "2.xmp", "3.safetensors", "4.png.json", "._5.JPG", "Thumbs.db"):
+        (folder / name).write_bytes(b"\0\x05\x16\x07")
+    (folder / "mask").mkdir()
+    (folder / "mask" / "1.png").write_bytes(image)
+    (folder / "7.txt").write_text("of no image")
+    with caplog.at_level(logging.WARNING, "custom_diffusion"):
+        assert captioned(folder) == expected
+    (record,) = caplog.records
+    said = record.getMessage()
+    for name in ("1.npz", "2.xmp", "Thumbs.db", "1_mask.png", "6-masklabel.png", "mask/", "7.txt", "._5.JPG"):
+        assert f"/{name}" in said
+    for name in expected:
+        assert f"cat/{name}," not in said
+
+
+def test_the_first_of_several_texts_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw_images(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,<new1> 0\n")
+    assert captioned(tmp_path) == {"0.png": "<new1> 0"}
+    for number, name in enumerate(("0.caption", "0.txt", "0.png.caption", "0.png.txt"), 1):
+        (tmp_path / name).write_text(f"<new1> {number}")
+        assert captioned(tmp_path) == {"0.png": f"<new1> {number}"}
+    assert "texts of no image" in caplog.text
+    (tmp_path / "0.png.txt").write_text("")
+    assert captioned(tmp_path) == {"0.png": "photo of a <new1> cat"}
+
+
+def test_a_concept_may_be_a_mask(tmp_path: Path) -> None:
+    image = (draw_images(tmp_path / "drawn", 1) / "0.png").read_bytes()
+    (tmp_path / "own").mkdir()
+    for name in ("venetian_mask.png", "mask.png", "a-mask.png"):
+        (tmp_path / "own" / name).write_bytes(image)
+    assert set(captioned(tmp_path / "own")) == {"venetian_mask.png", "mask.png", "a-mask.png"}
+
+
+def test_lines_of_metadata_end_where_csv_says(tmp_path: Path) -> None:
+    draw_images(tmp_path, 2)
+    text = 'file_name,text\r\n0.png,"<new1>\u2028in\x0bthe\nsun"\r\n1.png,<new1> 1\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    assert captioned(tmp_path) == {"0.png": "<new1> in the sun", "1.png": "<new1> 1"}
+
+
+def test_own_class_images_may_lie_beside_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     draw_images(tmp_path, 3)
-    for number, caption in enumerate(["a <new1> cat", "a cat", "a dog"]):
-        (tmp_path / f"{number}.txt").write_text(caption)
-    with pytest.raises(UserError, match=r"the captions of 1\.png, 2\.png do not hold <new1>"):
-        captioned(tmp_path)
-    assert captioned(tmp_path, tokens=())["1.png"] == "a cat", "without tokens any caption will do"
+    (tmp_path / "1-masklabel.png").write_bytes((tmp_path / "1.png").read_bytes())
+    (tmp_path / "1.npz").write_bytes(b"")
+    (tmp_path / "1.txt").write_text("a caption that is not read")
+    entry = concept(tmp_path, class_prompt="cat", class_data_dir=str(tmp_path))
+    found = find_class_images([entry], 10, real_prior=False)
+    assert [(path.name, prompt) for path, prompt in found] == [(f"{number}.png", "cat") for number in range(3)]
+    (record,) = caplog.records
+    assert all(f"/1{name}" in record.getMessage() for name in (".npz", ".txt", "-masklabel.png"))
 
 
 @pytest.mark.parametrize(
@@ -472,3 +708,10 @@ def test_a_byte_order_mark_makes_no_difference(encoding: str, tmp_path: Path, mo
     args = train_custom_diffusion.parse_args(["--config=run.yaml", "--pretrained_model_name_or_path=x"])
     assert args.seed == 3
     assert [one.instance_folder for one in read_concepts(args)] == [folder]
+
+    (tmp_path / "prompts.txt").write_bytes(marked("<new1> été\n\n<new1> cat\n", encoding))
+    assert infer.parse_args(["--prompts_file=prompts.txt"]).prompt == ["<new1> été", "<new1> cat"]
+    assert read_captions(tmp_path / "prompts.txt", 2) == ["<new1> été", "<new1> cat"]
+    save_concept(Concept({}, {"<new1>": {"text_encoder": torch.ones(4)}}), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_bytes(marked("---\nbase_model: some/model\n---\n# Card\n", encoding))
+    assert load_concept(tmp_path / "model").base_model == "some/model"

@@ -182,11 +182,11 @@ CONCEPTS = st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, JSON)
 
 
 @fuzz
-@given(content=st.one_of(JSON, CONCEPTS), cut=st.integers(0, 200), prior=st.booleans())
-def test_concept_lists(content: object, cut: int, prior: bool, tmp_path: Path) -> None:
+@given(content=st.one_of(JSON, CONCEPTS), cut=st.integers(0, 200), prior=st.booleans(), real=st.booleans())
+def test_concept_lists(content: object, cut: int, prior: bool, real: bool, tmp_path: Path) -> None:
     text = json.dumps(content)
     (tmp_path / "list.json").write_text(text if cut > 100 else text[:cut])
-    args = SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=prior)
+    args = SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=prior, real_prior=real)
     one_line(lambda: read_concepts(args), UserError, OSError)
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from custom_diffusion.images import load_image, readable_images
+from custom_diffusion.retrieval.checking import check_image
 from tests import colour_profiles as profiles
 
 # pytest shows what images.py silences.
@@ -331,6 +332,20 @@ def test_a_wrong_chunk_costs_no_image(chunk: bytes) -> None:
     end_at = whole.index(b"IEND") - 4
     for at in (pixels_at, end_at):
         assert shows(load_image(io.BytesIO(whole[:at] + chunk + whole[at:])), UPRIGHT)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_retrieval_takes_them_too(kind: str) -> None:
+    whole, chance = photograph(kind), random.Random(2)
+    places = beside_the_pixels(kind, whole)
+    for number in range(40):
+        damaged = bytearray(whole)
+        for place in chance.sample(places, 3):
+            damaged[place] ^= chance.randrange(1, 256)
+        # Every other PNG has wrong checksums.
+        content = with_checksums(damaged) if kind == "PNG" and number % 2 else bytes(damaged)
+        checked = check_image(content, min_size=16, max_size=16 + number % 2, max_pixels=1e6)
+        assert shows(load_image(io.BytesIO(checked.jpeg)), *IN_ANY_DIRECTION)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

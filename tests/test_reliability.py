@@ -102,7 +102,7 @@ def uninterrupted(base_model: Path, work: Path) -> tuple[torch.Tensor, list[byte
 
 
 def class_images(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((folder / "class").iterdir())]
+    return [path.read_bytes() for path in sorted((folder / "class").glob("*.jpg"))]
 
 
 def phase(folder: Path) -> str:

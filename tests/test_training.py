@@ -186,7 +186,7 @@ def test_the_card_tells_what_is_needed(trained: Path, base_model: Path) -> None:
 
 
 def test_generated_class_images(trained: Path) -> None:
-    images = sorted((trained.parent / "class").iterdir())
+    images = sorted((trained.parent / "class").glob("*.jpg"))
     assert [path.name.split("-")[0] for path in images] == ["0", "1", "2"]
     assert len({Image.open(path).tobytes() for path in images}) == 3
 
@@ -392,7 +392,7 @@ def test_class_images_are_topped_up(base_model: Path, images: Path, tmp_path: Pa
     more = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "cat"}
     argv = flags(base_model, images, tmp_path / "out", max_train_steps=1, **more)
     train_here([*argv, "--num_class_images=4", "--sample_batch_size=3"])
-    all_four = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    all_four = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.jpg")}
     assert sorted(name.split("-")[0] for name in all_four) == ["0", "1", "2", "3"]
     removed = next(name for name in all_four if name.startswith("1-"))
     (tmp_path / "class" / removed).unlink()
@@ -400,7 +400,7 @@ def test_class_images_are_topped_up(base_model: Path, images: Path, tmp_path: Pa
     train_here([*argv, "--num_class_images=4", "--sample_batch_size=1"])
     # The one that was gone is made again from its own noise (batches round differently), and no other is touched.
     assert {name: (tmp_path / "class" / name).stat().st_mtime_ns for name in kept} == kept
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").iterdir()) == ["0", "1", "2", "3"]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "class").glob("*.jpg")) == ["0", "1", "2", "3"]
 
 
 def test_wandb_gets_losses_and_images(base_model: Path, images: Path, tmp_path: Path) -> None:

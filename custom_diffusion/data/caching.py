@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from custom_diffusion.data.dataset import CustomDiffusionDataset
-from custom_diffusion.data.latent_files import posterior_names, read_posterior, write_posterior
+from custom_diffusion.data.latent_files import posterior_names, read_posterior, remove_stale, write_posterior
 from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.files import remove_half_written
 from custom_diffusion.models.families import Conditioning
@@ -149,6 +149,9 @@ def _kept_paths(
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         remove_half_written(folder)
+        removed = remove_stale(folder)
+        if removed:
+            logger.info(f"{removed} encoded images of other versions are removed from {str(folder)!r}")
     accelerator.wait_for_everyone()
     return {view: folder / name for view, name in posterior_names(renderer, views, vae).items()}
 

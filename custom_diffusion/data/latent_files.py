@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import PIL
 import torch
+import torchvision
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from custom_diffusion.data.views import Renderer, View
-from custom_diffusion.files import write_whole
+from custom_diffusion.data.views import RENDERING_VERSION, Renderer, View
+from custom_diffusion.files import write_bytes
+
+# Before there were versions in front, a name was the second part alone.
+_NAME = re.compile(r"([0-9a-f]{16}-)?[0-9a-f]{64}\.safetensors")
 
 
 def posterior_names(renderer: Renderer, views: Sequence[View], vae: AutoencoderKL) -> dict[View, str]:
@@ -32,8 +39,8 @@ def posterior_names(renderer: Renderer, views: Sequence[View], vae: AutoencoderK
         for tensor in part.state_dict().values() if part is not None else ():
             digest.update(_bytes(tensor))
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    shared = [digest.hexdigest(), settings, vae.device.type, renderer.size]
-    shared += [torch.__version__, diffusers.__version__]
+    shared = [digest.hexdigest(), settings, vae.device.type, torch.get_float32_matmul_precision(), renderer.size]
+    prefix = _versions()
 
     @cache
     def digest_of(path: Path) -> str:
@@ -44,16 +51,35 @@ def posterior_names(renderer: Renderer, views: Sequence[View], vae: AutoencoderK
         parts = [*shared, digest_of(view.path), view.flip, view.scale, view.top, view.left]
         smaller = view.scale is not None and view.scale < renderer.size
         canvas = [renderer.padding_mode] if smaller and renderer.padding_mode != "constant" else []
-        return f"{hashlib.sha256(json.dumps([*parts, *canvas]).encode()).hexdigest()}.safetensors"
+        return f"{prefix}-{_digest([*parts, *canvas])}.safetensors"
 
     return {view: name(view) for view in views}
+
+
+def _versions() -> str:
+    """Begins the names of all files of these versions of what decodes, resizes and encodes."""
+    versions = [PIL.__version__, torchvision.__version__, torch.__version__, diffusers.__version__]
+    return _digest([RENDERING_VERSION, *versions])[:16]
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def remove_stale(folder: Path) -> int:
+    """Remove the posteriors that other versions have left, which no run will read; gives how many there were."""
+    stale = [
+        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.name.startswith(f"{_versions()}-")
+    ]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
 def write_posterior(path: Path, posterior: Tensor) -> None:
     """Keep a posterior with its checksum, whole or not at all."""
     checksum = torch.frombuffer(bytearray(hashlib.sha256(_bytes(posterior)).digest()), dtype=torch.uint8)
-    content = save({"posterior": posterior.contiguous(), "sha256": checksum})
-    write_whole(path, lambda file: file.write(content))
+    write_bytes(path, save({"posterior": posterior.contiguous(), "sha256": checksum}))
 
 
 def read_posterior(path: Path) -> Tensor | None:

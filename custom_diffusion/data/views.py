@@ -12,6 +12,9 @@ from torch import Tensor
 
 from custom_diffusion.images import load_image
 
+# To be raised when the pixels of any view change, here or in images.py: kept latents are then encoded again.
+RENDERING_VERSION = 1
+
 
 @dataclass(frozen=True)
 class View:
