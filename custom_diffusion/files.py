@@ -139,7 +139,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
         # torch.save hides it behind a RuntimeError about a position in the file.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
-            cause.filename = str(path)
+            if cause.errno is not None:
+                cause.filename = str(path)
             raise cause from None
         raise
 

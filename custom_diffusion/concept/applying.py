@@ -1,41 +1,78 @@
-"""A concept inside a pipeline: how it goes in, and how it comes out again."""
+"""A concept inside a pipeline: how it goes in, and how it comes out again.
+
+Others change the same models: LoRAs are fused into them, projections are fused with each other, textual inversions
+share the vocabulary, weights are moved and offloaded. Whatever comes in between, either all is as it should be, or one
+line refuses and nothing is changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from custom_diffusion.concept import formats
 from custom_diffusion.concept.files import Concept
 from custom_diffusion.concept.projections import check_shape, refuse_other_model
+from custom_diffusion.concept.unet import Projection, find_projection, lora_is_fused, unwrapped
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.families import Family, family_of, text_models_of
-from custom_diffusion.models.vocabulary import AddedWords, check_new_words, embedding_table, put_words
+from custom_diffusion.models.vocabulary import (
+    AddedWords,
+    check_new_words,
+    embedding_table,
+    put_words,
+    why_words_cannot_change,
+)
+
+_MARK = "_applied_concept"  # an attribute of the UNet
 
 
 @dataclass
 class AppliedConcept:
-    """Concepts inside a pipeline; :meth:`remove` takes them out again, exactly."""
+    """Concepts inside a pipeline; :meth:`remove` takes them out again, exactly.
+
+    Attributes:
+        pipeline: that they were put into. Other pipelines that share its models have them too.
+        tokens: their modifier tokens.
+    """
 
     pipeline: DiffusionPipeline
     tokens: list[str]
-    _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False)
-    _words: dict[str, AddedWords] = field(repr=False)
+    _unet: Any = field(repr=False)
+    _keys: list[str] = field(repr=False)
+    _words: list[AddedWords] = field(repr=False)
+    _removed: bool = field(default=False, repr=False)
 
     def remove(self) -> None:
-        """Restore UNet, text encoders and tokenizers to the values they had before."""
-        with torch.no_grad():
-            for parameter, original in self._weights:
-                parameter.copy_(original)
-        for tokenizer, words in self._words.items():
+        """Give UNet, text encoders and tokenizers the values they had before, in the type that they have now.
+
+        What others have added since, such as textual inversions, stays. A second call does nothing.
+
+        Raises:
+            UserError: where that cannot be done now, because a LoRA is fused or weights are offloaded; nothing is
+                changed then.
+        """
+        if self._removed:
+            return
+        _check_no_lost_lora(self.pipeline, self._unet)
+        projections = [find_projection(self._unet, key) for key in self._keys]
+        for projection in projections:
+            projection.check_restorable()
+        for words in self._words:
+            _check_changeable(words.text_encoder)
+        self._take_out()
+
+    def _take_out(self) -> None:
+        for projection in (find_projection(self._unet, key) for key in self._keys):
+            projection.restore()
+        for words in self._words:
             words.remove()
-            setattr(self.pipeline, tokenizer, words.original)
-        self.pipeline.unet._applied_concept = None
+        setattr(self._unet, _MARK, False)
+        self._removed = True
 
 
 def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float = 1.0) -> AppliedConcept:
@@ -43,7 +80,10 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
 
     The learned keys and values (and queries and outputs) are copied into the UNet's own ``attn2`` projections and
     the tokens into tokenizers and text encoders. Nothing is added to the forward pass, so speed stays as it was, and
-    image-to-image, ControlNet or LoRA pipelines work as they do on the base model.
+    image-to-image, ControlNet or LoRA pipelines work as they do on the base model. Pipelines that share these models
+    (``from_pipe``, ``**pipeline.components``) share the concept, whether they are made before or after.
+
+    ``cross_attention_kwargs={"scale": ...}`` of a pipeline's call has no effect on a concept; it is for LoRAs.
 
     Args:
         pipeline: one of diffusers', of a family that :mod:`custom_diffusion.models.families` knows.
@@ -55,29 +95,37 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
         A handle whose ``remove()`` restores the pipeline exactly.
 
     Raises:
-        UserError: where a concept does not fit the pipeline or the others; nothing is changed then.
+        UserError: where a concept does not fit the pipeline or the others, or something is in its way, such as a LoRA
+            that is fused or weights that are offloaded; nothing is changed then.
     """
     attention, tokens = _combine(concepts)
-    if getattr(pipeline.unet, "_applied_concept", None) is not None:
-        raise UserError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
     family = family_of(pipeline.components, "this pipeline's model")
+    missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
+    if missing:
+        raise UserError(f"this pipeline has no {missing[0]}: load it whole, a concept changes UNet and text encoders")
+    unet = unwrapped(pipeline.unet)
+    if getattr(unet, _MARK, False):
+        raise UserError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
     here = repr(getattr(pipeline, "name_or_path", None) or "this pipeline's model")
-    parameters = {key: _find_parameter(pipeline.unet, key, owned) for key, (_, owned) in attention.items()}
-    for key, (weight, owner) in attention.items():
-        check_shape(owner, key.split(".processor.")[1], weight, parameters[key], here)
-    check_tokens(tokens, family, *text_models_of(family, pipeline), here)
+    _check_no_lost_lora(pipeline, unet)
+    projections = {key: _fitting_projection(unet, key, *owned, here) for key, owned in attention.items()}
+    tokenizers, text_encoders = text_models_of(family, pipeline)
+    check_tokens(tokens, family, tokenizers, text_encoders, here)
+    for text_encoder in text_encoders.values() if tokens else ():
+        _check_changeable(text_encoder)
 
-    weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
-    words = _put_tokens(tokens, family, pipeline) if tokens else {}
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            value, owner = attention[key]
-            original, learned = parameter.float(), value.to(parameter.device, torch.float32)
-            if key in owner.differences:
-                learned = original + learned
-            parameter.copy_(torch.lerp(original, learned, scale))
-    applied = AppliedConcept(pipeline, list(tokens), weights, words)
-    pipeline.unet._applied_concept = applied
+    applied = AppliedConcept(pipeline, list(tokens), unet, list(attention), [])
+    try:
+        for key, projection in projections.items():
+            weight, owner = attention[key]
+            projection.learn(weight, scale, is_difference=key in owner.differences)
+        for name, tokenizer in tokenizers.items() if tokens else ():
+            vectors = {token: own[name] for token, (own, _) in tokens.items()}
+            applied._words.append(put_words(tokenizer, text_encoders[name], vectors))
+    except BaseException:  # such as Ctrl-C, or a GPU without memory for the originals
+        applied._take_out()
+        raise
+    setattr(unet, _MARK, True)
     return applied
 
 
@@ -96,28 +144,25 @@ def check_tokens(
         here: what to call the model that they are of.
 
     Raises:
-        UserError: for a token that a vocabulary has already, of another width, or of another family.
+        UserError: for a token that a vocabulary has already, that is another to the tokenizer, of another width, or of
+            another family.
     """
     for token, (vectors, concept) in tokens.items():
         if vectors.keys() != text_encoders.keys():
             refuse_other_model(concept, f"has {token!r} for {', '.join(vectors)}; {here} is of {family.name}")
         for name, vector in vectors.items():
-            check_new_words([token], tokenizers[name], f" of {concept.source!r}")
             check_shape(concept, token, vector, embedding_table(text_encoders[name])[0], here)
+    whose = _of(dict.fromkeys(concept.source for _, concept in tokens.values()))
+    for tokenizer in tokenizers.values():
+        check_new_words(tokens, tokenizer, whose)
 
 
-def _put_tokens(
-    tokens: Mapping[str, tuple[dict[str, Tensor], Concept]], family: Family, pipeline: DiffusionPipeline
-) -> dict[str, AddedWords]:
-    """Put tokens into a pipeline; gives what it takes to undo that, by the names of the tokenizers."""
-    words = {}
-    tokenizers, text_encoders = text_models_of(family, pipeline)
-    for part in family.text_encoders:
-        vectors = {token: own[part.name] for token, (own, _) in tokens.items()}
-        # Other pipelines may share the tokenizer object: ours becomes a copy, and theirs does not change.
-        added = words[part.tokenizer] = put_words(tokenizers[part.name], text_encoders[part.name], vectors)
-        setattr(pipeline, part.tokenizer, added.tokenizer)
-    return words
+def _of(sources: Iterable[str]) -> str:
+    return f" of {' or '.join(map(repr, sources))}"
+
+
+def _text_parts(family: Family) -> list[str]:
+    return [name for part in family.text_encoders for name in (part.tokenizer, part.name)]
 
 
 def _combine(
@@ -129,7 +174,10 @@ def _combine(
     for concept in concepts:
         for token, vectors in concept.tokens.items():
             if token in tokens:
-                raise UserError(f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}")
+                raise UserError(
+                    f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}: "
+                    "merge.py makes one concept of the two and renames one of the tokens"
+                )
             tokens[token] = (vectors, concept)
         for key, weight in (concept.attention | concept.differences).items():
             if key in attention and not torch.equal(attention[key][0].float(), weight.float()):
@@ -141,14 +189,26 @@ def _combine(
     return attention, tokens
 
 
-def _find_parameter(unet: nn.Module, key: str, concept: Concept) -> nn.Parameter:
-    path, parameter = formats.parameter_name(key).rsplit(".", 1)
+def _fitting_projection(unet: Any, key: str, weight: Tensor, concept: Concept, here: str) -> Projection:
     try:
-        module = unet.get_submodule(path)
-        # A LoRA that was loaded before wraps the projection; the concept belongs into what it wraps.
-        found = getattr(getattr(module, "base_layer", module), parameter)
+        projection = find_projection(unet, key)
     except AttributeError:
-        refuse_other_model(concept, f"this pipeline's UNet has no {path}")
-    if found.is_meta:
-        raise UserError("apply the concept before enabling offloading: the UNet's weights are not in memory")
-    return found
+        refuse_other_model(concept, f"{here} has no {key.split('.processor.')[0]}")
+    check_shape(concept, key.split(".processor.")[1], weight, projection.parameter, here)
+    projection.check_free()
+    return projection
+
+
+def _check_changeable(text_encoder: Any) -> None:
+    reason = why_words_cannot_change(text_encoder)
+    if reason is not None:
+        raise UserError(f"the vocabulary of the text encoder cannot be changed now: {reason}")
+
+
+def _check_no_lost_lora(pipeline: DiffusionPipeline, unet: Any) -> None:
+    """Refuse a pipeline whose LoRA is fused but unloaded: nobody knows any more what it changed."""
+    if getattr(pipeline, "fused_loras", None) and not any(map(lora_is_fused, unet.modules())):
+        raise UserError(
+            "a LoRA was fused into this pipeline and then unloaded, so that it cannot be told from the base model: "
+            "load the pipeline again, and fuse LoRAs after applying the concept"
+        )

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
-from custom_diffusion.models.vocabulary import folded
+from custom_diffusion.models.vocabulary import fold
 from custom_diffusion.training.tokens import ModifierTokens
 
 logger = logging.getLogger("custom_diffusion")
@@ -71,12 +71,12 @@ class Reader:
         return frozenset(token for token, number in pairs if number in present)
 
     def _named(self, text: str, tokenizer: CLIPTokenizer) -> frozenset[str]:
-        words = {folded(token, tokenizer): token for token in self.modifier_tokens.tokens}
+        words = {fold(token, tokenizer): token for token in self.modifier_tokens.tokens}
         if not words:
             return frozenset()
         # Longer ones first, as tokenizers look for them: "<new1>b" does not name "<new1>" where both are tokens.
         pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-        return frozenset(words[match] for match in re.findall(pattern, folded(text, tokenizer)))
+        return frozenset(words[match] for match in re.findall(pattern, fold(text, tokenizer)))
 
     def longest_words(self) -> str:
         """Those of the augmentation's words that take the most room before a prompt."""
