@@ -20,11 +20,19 @@ from custom_diffusion.text import first_line
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where a base model is: folder or Hub id, with revision (of the Hub) and variant (of the files, such as fp16)."""
+    """Where a base model is.
+
+    Attributes:
+        name: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        variant: of the files, such as fp16.
+        tokenizer: folder or Hub id of another tokenizer than the model's own.
+    """
 
     name: str
     revision: str | None = None
     variant: str | None = None
+    tokenizer: str | None = None
 
     def load(self, loader: Callable[..., Any], subfolder: str | None = None, **options: Any) -> Any:
         """Call a ``from_pretrained`` or ``load_config`` on the model, or on the part of it in ``subfolder``.
@@ -59,6 +67,10 @@ class BaseModel:
 
     def pipeline(self, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
         """The whole pipeline; ``options`` go to ``from_pretrained``."""
+        if self.tokenizer is not None:
+            family = self.family()
+            tokenizers = self.tokenizers(family)
+            options = {part.tokenizer: tokenizers[part.name] for part in family.text_encoders} | options
         return self.load(DiffusionPipeline.from_pretrained, dtype=dtype, variant=self.variant, **options)
 
     def tokenizers(self, family: Family, other: str | None = None) -> dict[str, CLIPTokenizer]:
@@ -67,6 +79,7 @@ class BaseModel:
         Raises:
             UserError: where one cannot be loaded.
         """
+        other = other or self.tokenizer
         if other is None:
             return {
                 part.name: self.load(CLIPTokenizer.from_pretrained, part.tokenizer) for part in family.text_encoders
