@@ -167,6 +167,11 @@ def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> Non
     add("--pretrained_model_name_or_path", help=f"Base model; if not given, {otherwise}.")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the base model's files, such as fp16.")
+    add(
+        "--tokenizer_name",
+        help="Folder or Hub id of another tokenizer than the base model's. If not given, revision, variant and "
+        "tokenizer are what training used, as the card of a concept of this base model says.",
+    )
 
 
 def end_quietly_on_interrupt() -> None:
