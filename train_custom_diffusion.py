@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens, initializers = parse_modifier_tokens(args)
     instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
-    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, args.max_train_steps)
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
     configuration = read_configuration(base_model, args.resolution)
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
