@@ -12,6 +12,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    import_diffusers,
     parse_with_config,
     run,
     save_config,
@@ -71,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
     end_quietly_on_interrupt()
+    import_diffusers()
 
 import transformers
 from torch import Tensor

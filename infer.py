@@ -11,10 +11,12 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    import_diffusers,
     parse_with_config,
     run,
     save_config,
 )
+from custom_diffusion.files import read_text
 
 # The names alone: what they stand for takes seconds to import.
 SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
@@ -57,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     if args.prompts_file is not None:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = read_text(args.prompts_file).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
         args.prompt += [line.strip() for line in lines if line.strip()]
@@ -79,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
     end_quietly_on_interrupt()
+    import_diffusers()
 
 import json
 import re
@@ -98,7 +101,7 @@ from custom_diffusion.files import output_folder
 from custom_diffusion.images import contact_sheet, write_image
 from custom_diffusion.models.families import family_of, text_models_of
 from custom_diffusion.models.samplers import load_sampler
-from custom_diffusion.models.vocabulary import cut_off, limit_length, names_word
+from custom_diffusion.models.vocabulary import cut_off, names_word
 from custom_diffusion.text import first_line
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -119,9 +122,6 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     # Without its own scheduler, whose class may need packages that nobody has.
     pipeline = base_model.pipeline(dtype, scheduler=None, **unchecked)
     pipeline.scheduler = load_sampler(args.scheduler, base_model)
-    tokenizers, text_encoders = text_models_of(family_of(pipeline.components, repr(base_model.name)), pipeline)
-    for name, tokenizer in tokenizers.items():
-        limit_length(tokenizer, text_encoders[name])
     apply_concepts(pipeline, *concepts, scale=args.scale)
     try:
         return pipeline.to(device)

@@ -10,19 +10,40 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Sequence
 
-from custom_diffusion.command_line import DEFAULT_MODEL, HelpFormatter, parse_with_config, positive_int, run, switch
+from custom_diffusion.command_line import (
+    DEFAULT_MODEL,
+    HelpFormatter,
+    end_quietly_on_interrupt,
+    import_diffusers,
+    parse_with_config,
+    positive_int,
+    run,
+    switch,
+)
+from custom_diffusion.errors import UserError
+from custom_diffusion.training.environment import follow_configuration, runs_on_cpu
+from custom_diffusion.training.trackers import tracker_problem
 
 # diffusers' and accelerate's names, which would take seconds to import.
 SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 )  # fmt: skip
 TRACKERS = (
     "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none",
 )  # fmt: skip
+
+LAST_POLYNOMIAL_RATE = 1e-7  # diffusers'
+
+# Of numbers: the least that works, and what they have to be below.
+RANGES = {
+    "learning_rate": (0.0, math.inf), "prior_loss_weight": (0.0, math.inf), "adam_beta1": (0.0, 1.0),
+    "adam_beta2": (0.0, 1.0), "adam_weight_decay": (0.0, math.inf), "adam_epsilon": (0.0, math.inf),
+}  # fmt: skip
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -158,6 +179,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parse_with_config(parser, argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    try:
+        follow_configuration(args, given_flags(argv))
+    except UserError as error:
+        parser.error(str(error))
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
             parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
@@ -169,6 +194,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--cutmix_probability {args.cutmix_probability} is not between 0 and 1")
     if args.cutmix_probability and args.concepts_list is None:
         parser.error("--cutmix_probability shows one concept beside another: give several, with --concepts_list")
+    for name, (least, above) in RANGES.items():
+        if not least <= getattr(args, name) < above:
+            parser.error(f"--{name} {getattr(args, name)} is not at least {least:g} and below {above:g}")
+    if not args.max_grad_norm > 0:
+        parser.error(f"--max_grad_norm {args.max_grad_norm} is not above 0, so nothing would be learned")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= LAST_POLYNOMIAL_RATE and not args.scale_lr:
+        parser.error(f"--lr_scheduler=polynomial ends at {LAST_POLYNOMIAL_RATE}: give a larger --learning_rate")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     if args.validation_prompt is not None and not args.validation_prompt.isprintable():
@@ -188,13 +220,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--torch_compile needs the compiler g++, or another that the variable CXX names")
     if args.use_8bit_adam:
         _require(parser, "bitsandbytes", "--use_8bit_adam", "8bit")
-    if args.report_to in ("tensorboard", "wandb", "comet_ml"):
-        _require(parser, args.report_to, f"--report_to={args.report_to}", args.report_to.removesuffix("_ml"))
+    problem = tracker_problem(args.report_to, TRACKERS)
+    if problem is not None:
+        parser.error(problem)
     if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
         parser.error(f"--report_to={args.report_to} records the command line, --hub_token with it: use `hf auth login`")
     if args.mixed_precision == "fp16" and not _has_cuda():
         parser.error("--mixed_precision=fp16 needs a GPU, and there is none: use bf16 or leave it out")
     return args
+
+
+def given_flags(argv: Sequence[str] | None) -> set[str]:
+    """The names of the flags that were given, on the command line or in the file of ``--config``."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(parse_with_config(parser, argv)))
 
 
 def _require(parser: argparse.ArgumentParser, package: str, flag: str, extra: str) -> None:
@@ -203,6 +244,8 @@ def _require(parser: argparse.ArgumentParser, package: str, flag: str, extra: st
 
 
 def _has_cuda() -> bool:
+    if runs_on_cpu():
+        return False
     import torch  # takes seconds, which only the flags that need a GPU should cost
 
     return torch.cuda.is_available()
@@ -210,6 +253,8 @@ def _has_cuda() -> bool:
 
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    end_quietly_on_interrupt()
+    import_diffusers()
 
 # The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -233,15 +278,19 @@ from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
 from custom_diffusion.training.attention import swap_attention_processors
-from custom_diffusion.training.checkpoints import describe_settings, find_checkpoint
+from custom_diffusion.training.checkpoints import find_checkpoint
+from custom_diffusion.training.lock import unlocks_folders
 from custom_diffusion.training.objective import CustomDiffusion
+from custom_diffusion.training.processes import name_to_speak_as
 from custom_diffusion.training.progress import STEPS_BETWEEN_READS, StepRecord, report_steps
+from custom_diffusion.training.prompts import check_prompts
 from custom_diffusion.training.run import (
     Run,
     announce,
     build_optimizer,
     build_schedule,
     cache_texts,
+    check_inputs,
     fit_to_machine,
     open_output_dir,
     plan_steps,
@@ -251,31 +300,32 @@ from custom_diffusion.training.run import (
     training_batches,
 )
 from custom_diffusion.training.saving import finish, save_checkpoint, validate
-from custom_diffusion.training.signals import StopSignal
-from custom_diffusion.training.tokens import add_modifier_tokens, check_cutmix, parse_modifier_tokens, train_new_words
+from custom_diffusion.training.settings import describe_settings
+from custom_diffusion.training.signals import StopSignal, during
+from custom_diffusion.training.tokens import add_modifier_tokens, parse_modifier_tokens, train_new_words
 
 logger = logging.getLogger("custom_diffusion")
 
 # --- the method ----------------------------------------------------------------------------------
 
 
+@unlocks_folders
 def main(argv: Sequence[str] | None = None) -> None:
     """Teach the concepts, and save what was learned."""
     args = parse_args(argv)
     accelerator = start(args)
-
     # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
     concepts = read_concepts(args)
-    tokens, initializers = parse_modifier_tokens(args, concepts)
-    instance_images = find_instance_images(concepts, tokens)
+    tokens, initializers = parse_modifier_tokens(args)
+    instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
-    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, args.max_train_steps)
     base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
     configuration = read_configuration(base_model, args.resolution)
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
-    check_cutmix(args, instance_images, tokenizers)
-    settings = describe_settings(args, instance_images, concepts, accelerator.num_processes)
+    check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
+    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes)
     open_output_dir(args, settings, checkpoint, accelerator)
 
     # Without real class images, the base model draws its own idea of each class.
@@ -284,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
     dataset = build_dataset(args, instance_images, class_images, configuration, tokenizers, accelerator.num_processes)
     steps = plan_steps(args, dataset, checkpoint, accelerator.num_processes)
+    check_inputs(args, settings, class_images, steps, checkpoint, accelerator)
     # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
     latents = prepare_latents(args, dataset, steps, configuration, accelerator)
 
@@ -298,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     fit_to_machine(model, args, accelerator, configuration.latent_size)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
-    lr_scheduler = build_schedule(args, optimizer, steps.stop, accelerator)
+    lr_scheduler = build_schedule(args, optimizer, steps.stop)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
 
     run = Run(
@@ -358,7 +409,8 @@ def train(run: Run, read_every: int | None = None) -> float:
             checkpoint too. If not given, every step on a CPU and :data:`STEPS_BETWEEN_READS` on a GPU.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, when the step is done and its checkpoint written.
+        Interrupted: after SIGINT or SIGTERM, when the step is done and its checkpoint written; after a second one at
+            once.
         UserError: where the loss is not finite or a checkpoint cannot be written.
     """
     args, accelerator = run.args, run.accelerator
@@ -367,10 +419,9 @@ def train(run: Run, read_every: int | None = None) -> float:
     on_cpu, alone = accelerator.device.type == "cpu", accelerator.num_processes == 1
     read_every = read_every or (1 if on_cpu else STEPS_BETWEEN_READS)
     losses: Tensor | float = 0.0
-    unread: list[StepRecord] = []
-    skipped_steps = 0
-    bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
-    with StopSignal(accelerator) as stop, bar(total=run.steps.stop, initial=step) as progress:
+    unread, skipped_steps = list[StepRecord](), 0
+    bar = partial(tqdm, desc="Steps", total=run.steps.stop, initial=step, disable=not accelerator.is_local_main_process)
+    with StopSignal(accelerator) as stop, during("the steps", run.way_on), bar() as progress:
         for batch in training_batches(run):
             with accelerator.accumulate(run.model):
                 loss, *parts = run.model(run.latents.draw(batch), **batch)
@@ -401,14 +452,16 @@ def train(run: Run, read_every: int | None = None) -> float:
             busy += time.perf_counter() - started
             stopped = stop.came()
             if step % args.checkpointing_steps == 0 or stopped:
-                save_checkpoint(run, step)
+                with during(f"the writing of checkpoint-{step}", run.way_on):
+                    save_checkpoint(run, step)
             if stopped and step < run.steps.stop:
                 raise stop.interruption(step)
             if step % args.validation_steps == 0 and step < run.steps.stop:
-                validate(run, step, "validation")
+                with during(f"the validation images of step {step}", run.way_on):
+                    validate(run, step, "validation")
             started = time.perf_counter()
     return busy / max(1, len(run.steps))
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted before the first step; run the same command again")
+    run(main, "interrupted before the first step; run the same command again", name_to_speak_as)

@@ -143,7 +143,7 @@ def weigh(*folders: Path) -> Path:
 
 
 def load_designs() -> dict[str, np.ndarray]:
-    """`set/name` to RGBA uint8 (80, 80, 4), of the drawings that come with the tests (base/make_examples.py)."""
+    """`set/name` to RGBA uint8 (80, 80, 4), of the drawings that come with the tests (tools/base/make_examples.py)."""
     return {
         f"{path.parent.name}/{path.stem}": np.asarray(Image.open(path).convert("RGBA"))
         for path in sorted(DESIGNS.glob("*/*.png"))

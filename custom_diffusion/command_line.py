@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import write_whole
+from custom_diffusion.files import read_text, write_whole
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -68,7 +69,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
 def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--config {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}")
     except yaml.YAMLError as error:
@@ -185,29 +186,46 @@ def end_quietly_on_interrupt() -> None:
     sys.excepthook = say
 
 
-def run(main: Callable[[], None], interrupted: str = "interrupted: run the same command again") -> None:
+def run(
+    main: Callable[[], None],
+    interrupted: str = "interrupted: run the same command again",
+    name_to_speak_as: Callable[[str], str | None] = lambda error: "",
+) -> None:
     """Run a command's ``main``; whatever can go wrong for a user ends in one line and an exit code.
 
     Args:
         main: the command.
         interrupted: what Ctrl-C leaves behind, and how to continue.
+        name_to_speak_as: where there are several processes, what one of them puts before an error; None to be silent.
 
     Raises:
         SystemExit: with 1 for an error, 128 + its number after a signal.
     """
-    # Every process finds the same error; one line of it is enough.
-    speaks = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}" if speaks else 1)
+        name = name_to_speak_as(str(error))
+        sys.exit(1 if name is None else f"error: {name}{error}")
     except OSError as error:
         # A full disk, a folder that may not be written to: what was written before is whole.
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}")
-    except Interrupted as interruption:
-        if speaks:
-            print(interruption, file=sys.stderr)
-        sys.exit(interruption.exit_code)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        # All processes get the signal, and one line of it is enough.
+        if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+            print(interruption if isinstance(interruption, Interrupted) else interrupted, file=sys.stderr)
+        sys.exit(getattr(interruption, "exit_code", 128 + signal.SIGINT))
+
+
+def import_diffusers() -> None:
+    """Import diffusers as if bitsandbytes were not installed.
+
+    diffusers and peft import it wherever they find it, for models in 4 and 8 bits, which no command loads: that takes
+    seconds, and on some CPUs prints a warning at every start. ``--use_8bit_adam`` imports it itself.
+    """
+    hidden = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's own way to say: not there
+    importlib.import_module("diffusers.loaders.peft")
+    if hidden is None:
+        del sys.modules["bitsandbytes"]
+    else:
+        sys.modules["bitsandbytes"] = hidden

@@ -1,7 +1,8 @@
-"""Files that exist whole or not at all, and the folders that hold them."""
+"""Files: those that exist whole or not at all, the folders that hold them, and text that people wrote."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import shutil
@@ -13,6 +14,14 @@ from typing import IO, Any
 
 from custom_diffusion.errors import UserError
 
+# UTF-32 before UTF-16: the mark of its little-endian form begins with the other's.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _HALF_WRITTEN = (".half-written-", ".tmp")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -73,6 +82,31 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         if is_new and folder.is_dir():
             folder.rmdir()
         raise
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file that a person may have written with any editor, see :func:`decode_text`.
+
+    Raises:
+        OSError: where it cannot be read.
+        UnicodeDecodeError: where it is no text.
+    """
+    return decode_text(Path(path).read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """Bytes to text: UTF-8, or what a byte order mark says; the mark is no part of the text, line ends stay.
+
+    Raises:
+        UnicodeDecodeError: for bytes that are no text.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding)
+    return content.decode("utf-8")
 
 
 # --- files ---------------------------------------------------------------------------------------

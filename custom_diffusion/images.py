@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,34 +14,90 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from custom_diffusion.colours import to_srgb
 from custom_diffusion.files import write_whole
+from custom_diffusion.image_metadata import upright, without_metadata
+from custom_diffusion.text import first_line
+
+# Pillow's warnings about metadata name no file, and nothing depends on it.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def load_image(path: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
-    """Open an image as people see it: upright, transparency on white, any mode as 8-bit RGB.
+def load_image(source: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
+    """Open an image as people see it: upright, in sRGB, transparency on white, any mode as 8-bit RGB.
+
+    Whatever is wrong with its metadata, an image whose pixels can be decoded is read; broken colour profiles and
+    orientations are ignored.
 
     Args:
-        path: of the file, or the open file.
+        source: path of the file, or the open file.
         least_side: a JPEG may come out smaller than it is, which is several times faster, but not below this many
             pixels.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for files that are no (whole) image;
-            these are what Pillow's decoders raise.
+        OSError: for files that cannot be read, or are no (whole) image.
+        Image.DecompressionBombError: for images too large to decode.
     """
-    with Image.open(path) as opened:
+    try:
+        return _decode(source, least_side)
+    except (Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        broken = error if isinstance(error, OSError) else OSError(f"no readable image: {first_line(error)}")
+    for content in without_metadata(_content(source)):
+        with contextlib.suppress(Exception):
+            return _decode(io.BytesIO(content), least_side)
+    raise broken
+
+
+def open_image(content: bytes, formats: list[str] | None = None) -> Image.Image:
+    """Open an encoded image without decoding it, as ``Image.open`` does, but also where its metadata is broken.
+
+    Args:
+        formats: Pillow's names of those that may be opened, all if None.
+
+    Raises:
+        Exception: what ``Image.open`` raises.
+    """
+    try:
+        return Image.open(io.BytesIO(content), formats=formats)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # broken files make Pillow raise nearly anything
+        for stripped in without_metadata(content):
+            with contextlib.suppress(Exception):
+                return Image.open(io.BytesIO(stripped), formats=formats)
+        raise
+
+
+def _content(source: str | os.PathLike | IO[bytes]) -> bytes:
+    if isinstance(source, str | os.PathLike):
+        return Path(source).read_bytes()
+    source.seek(0)
+    return source.read()
+
+
+def _decode(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Image.Image:
+    with Image.open(source) as opened:
         if least_side is not None:
             opened.draft("RGB", (least_side, least_side))
-        image = ImageOps.exif_transpose(opened)
+        opened.load()
+        image = upright(opened)
         if image.mode.startswith("I") or image.mode == "F":
             # 16-bit and float greys: Pillow would clip at 255 and leave a white image.
             grey = np.asarray(image, dtype=np.float32)
             full_scale = 65535 if grey.max() > 255 else 255
             image = Image.fromarray((grey * (255 / full_scale)).clip(0, 255).astype(np.uint8))
+        image = to_srgb(image, opened.info.get("icc_profile"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+    # Whoever saves the image would otherwise write it beside pixels that it no longer fits.
+    image.info.pop("icc_profile", None)
+    return image
 
 
 def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -51,7 +109,7 @@ def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     def is_readable(path: Path) -> bool:
         try:
             load_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except (OSError, Image.DecompressionBombError):
             return False
         return True
 

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
+from hypothesis import settings
 from PIL import Image, ImageDraw
 
-import train_custom_diffusion
-from benchmarks.random_model import build_random_model
-from custom_diffusion.training.run import Run
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTokenizer
+
+    from custom_diffusion.training.run import Run
+
+# torch and what needs it are imported where they are used: tests that need neither begin at once.
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# How many cases the tests of test_fuzz.py try each: `make test` takes the first, `make test-all` the second.
+settings.register_profile("few", max_examples=40)
+settings.register_profile("many", max_examples=500)
+settings.load_profile("few")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: one worker gets the tests that share a module's fixtures, and the longest tests begin first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(found[-1].scope == "module" for found in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def run_script(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,22 +59,66 @@ def run_script(*command: str | Path, cwd: Path = ROOT, **environment: str) -> su
 
 
 def launch(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch train_custom_diffusion.py ...``, which has to succeed."""
-    result = run_script("accelerate", "launch", ROOT / "train_custom_diffusion.py", *arguments, **environment)
+    """Run train_custom_diffusion.py, which has to succeed; test_documentation.py does it by ``accelerate launch``."""
+    result = run_script("python", ROOT / "train_custom_diffusion.py", *arguments, **environment)
     assert result.returncode == 0, result.stderr[-5000:]
     return result
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Makes a folder of a name with a function of its path, once for all of pytest-xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in it
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+def random_model(shape: str, folder: Path) -> None:
+    from benchmarks.random_model import build_random_model
+
+    build_random_model(shape, folder)
+
+
+@pytest.fixture(scope="session")
+def base_model(make_once: MakeOnce) -> Path:
     """Stable Diffusion 1.x in small, with random weights and CLIP's real vocabulary."""
-    return build_random_model("tiny", tmp_path_factory.mktemp("models") / "tiny")
+    return make_once("tiny", lambda folder: random_model("tiny", folder))
 
 
 @pytest.fixture(scope="session")
-def base_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_model_v(make_once: MakeOnce) -> Path:
     """Stable Diffusion 2.x in small: another width, and velocity is predicted."""
-    return build_random_model("tiny-v", tmp_path_factory.mktemp("models") / "tiny-v")
+    return make_once("tiny-v", lambda folder: random_model("tiny-v", folder))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_model: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenize(tokenizer: CLIPTokenizer) -> Callable[[str], dict[str, Tensor]]:
+    """A prompt to its ids, as datasets take it."""
+    from custom_diffusion.models.families import StableDiffusion
+
+    return partial(StableDiffusion().tokenize, {"text_encoder": tokenizer})
 
 
 def draw_images(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> Path:
@@ -65,9 +132,9 @@ def draw_images(folder: Path, count: int, size: tuple[int, int] = (96, 96)) -> P
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(make_once: MakeOnce) -> Path:
     """A folder with five instance images."""
-    return draw_images(tmp_path_factory.mktemp("images") / "cat", 5)
+    return make_once("cat", lambda folder: draw_images(folder, 5))
 
 
 def flags(base_model: Path, images: Path, output_dir: Path, **more: object) -> list[str]:
@@ -97,6 +164,8 @@ class Prepared(Exception):
 
 def prepare(argv: list[str]) -> Run:
     """All that a training run does before its first step, in this process."""
+    import train_custom_diffusion
+
     prepared: list[Run] = []
 
     def stop(run: Run) -> float:
@@ -112,6 +181,10 @@ def prepare(argv: list[str]) -> Run:
 @pytest.fixture
 def train_here() -> Iterator[Callable[[list[str]], None]]:
     """Train in this process: as a launch does, without the seconds that importing takes."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_custom_diffusion
 
     def forget() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -126,10 +199,7 @@ def train_here() -> Iterator[Callable[[list[str]], None]]:
     forget()
 
 
-@pytest.fixture(scope="session")
-def trained(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a launched run with everything in it, at a learning rate that leaves a mark."""
-    folder = tmp_path_factory.mktemp("trained")
+def train_with_everything(base_model: Path, images: Path, folder: Path) -> None:
     launch(
         *flags(
             base_model,
@@ -150,4 +220,9 @@ def trained(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFac
             hflip=True,
         )
     )
-    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def trained(base_model: Path, images: Path, make_once: MakeOnce) -> Path:
+    """The output folder of a launched run with everything in it, at a learning rate that leaves a mark."""
+    return make_once("trained", lambda folder: train_with_everything(base_model, images, folder)) / "out"

@@ -492,7 +492,7 @@ def test_two_unets_with_one_text_encoder_in_any_order(pipeline: StableDiffusionP
     second = learned(other.unet, "<second>", seed=5)
     before = state(pipeline)
     one, two = apply_concepts(pipeline, concept), apply_concepts(other, second)
-    with pytest.raises(UserError, match="already as '<second>'"):
+    with pytest.raises(UserError, match="already, as '<second>'"):
         apply_concepts(third, learned(third.unet, "<SECOND>"))
     one.remove()
     check_concept(other, second)

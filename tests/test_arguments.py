@@ -312,6 +312,7 @@ def test_a_user_sees_no_traceback(base_model: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_two_processes_say_it_once(base_model: Path, tmp_path: Path) -> None:
     argv = flags(base_model, tmp_path / "nowhere", tmp_path / "out")
     script = ROOT / "train_custom_diffusion.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from benchmarks.learning import load_designs
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT
 from tools.base import train_unet, world
 from tools.base.score import generated
 from tools.base.tokenizer import clip_merges, merges_for, write_tokenizer
@@ -29,9 +30,10 @@ def one_design_each(value: int) -> dict[str, np.ndarray]:
 
 
 def test_it_is_small() -> None:
-    sizes = [path.stat().st_size for path in BASE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    sizes = [path.stat().st_size for path in BASE.rglob("*") if path.is_file()]
     assert sum(sizes) <= 25_000_000
     assert max(sizes) <= 15_000_000
+    assert not list(BASE.rglob("*.py")), "what made it is in tools/base"
 
 
 def test_it_loads_as_stable_diffusion_does_and_draws_what_it_is_asked_for() -> None:
@@ -189,7 +191,7 @@ def test_a_finished_unet_can_be_trained_on(finished_parts: tuple[Path, Path], tm
 
 
 def test_the_mean_of_unets_needs_the_same_text_encoder(tmp_path: Path) -> None:
-    other = shutil.copytree(BASE, tmp_path / "other", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    other = shutil.copytree(BASE, tmp_path / "other")
     unet = UNet2DConditionModel.from_pretrained(other / "unet", torch_dtype=torch.float32)
     before = unet.conv_in.weight.detach().clone()
     unet.conv_in.weight.data += 1
@@ -208,11 +210,18 @@ def test_the_concept_list_works_as_it_stands() -> None:
         assert len(list((ROOT / concept["instance_data_dir"]).glob("*.png"))) == 5
 
 
-def test_making_it_anew_says_what_is_missing_or_that_the_folder_is_taken(tmp_path: Path) -> None:
-    command = sys.executable, "-m", "base.make", "--short", "--work", tmp_path
-    without_npm = run_script(*command, PATH=str(tmp_path))
-    assert without_npm.returncode == 1
-    assert without_npm.stderr.splitlines()[-1].startswith("error: the emoji come from npm's registry")
-    other_flags = run_script(*command, "--seed=1", PATH=str(tmp_path))
-    assert other_flags.returncode == 1
-    assert other_flags.stderr.splitlines()[-1].endswith("give another --work, or remove it")
+def test_making_it_again_says_what_is_missing_or_that_the_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for more, message in (
+        ((), "error: the emoji come from npm's registry"),
+        (("--seed=1",), f"error: '{tmp_path}' is of a run with other settings"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["make", "--short", "--work", str(tmp_path), *more])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module("tools.base.make", run_name="__main__")
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("give another --work, or remove it")
+    assert "seed" in str(caught.value)

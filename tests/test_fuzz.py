@@ -17,10 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from custom_diffusion.concept.files import Concept, check_token_name, load_concept, save_concept
-from custom_diffusion.data.concept_list import read_concepts
+from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.errors import UserError
@@ -29,8 +28,10 @@ from custom_diffusion.training.tokens import parse_modifier_tokens
 from tests.conftest import draw_images
 from train_custom_diffusion import build_parser, parse_args
 
-# Each example works in one folder that the next may overwrite; a slow one on a busy machine is no failure.
-fuzz = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# How many examples: see conftest.py. Each works in one folder that the next may overwrite; a slow one on a busy machine
+# is no failure.
+fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+Tokenize = Callable[[str], dict[str, torch.Tensor]]
 ANY_TEXT = st.text(max_size=60)
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"]
 FORMATS = ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"]
@@ -86,17 +87,12 @@ def test_images_whole_cut_and_damaged(
         assert good, "a whole image is read"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base_model: Path) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
-
-
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000), (1, 5000), (3000, 3000)])
-def test_images_of_any_shape_become_samples(size: tuple[int, int], tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+def test_images_of_any_shape_become_samples(size: tuple[int, int], tokenize: Tokenize, tmp_path: Path) -> None:
     Image.new("RGB", size, "red").save(tmp_path / "image.png")
     images = [(tmp_path / "image.png", "photo of a cat")]
     for center_crop in (True, False):
-        samples = CustomDiffusionDataset(images, images, tokenizer, size=64, mask_size=8, center_crop=center_crop)
+        samples = CustomDiffusionDataset(images, images, tokenize, size=64, mask_size=8, center_crop=center_crop)
         for position in range(5):
             sample = samples[position]
             assert sample["class_images"].shape == sample["instance_images"].shape == (3, 64, 64)
@@ -136,7 +132,7 @@ def test_file_names_of_any_bytes(names: list[bytes], tmp_path: Path) -> None:
     content = (folder / "0.png").read_bytes()
     for name in names:
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(content)
-    found = find_instance_images([{"instance_data_dir": str(folder), "instance_prompt": "a cat"}])
+    found = find_instance_images([ConceptEntry("a cat", str(folder), instance_folder=folder)])
     assert len(found) == len(set(names) | {b"0.png"})
 
 
@@ -152,16 +148,16 @@ def test_captions_of_any_text_stay_with_their_images(captions: list[str], tmp_pa
         draw_images(folder / "images", 6)
     (folder / "images.txt").write_text("".join(f"{folder}/images/{i}.png\n" for i in range(len(captions))))
     (folder / "caption.txt").write_bytes("".join(f"{caption}\n" for caption in captions).encode())
-    concept = {"class_data_dir": str(folder), "class_prompt": "cat"}
+    concept = ConceptEntry(class_data_dir=str(folder), class_prompt="cat")
     found = find_class_images([concept], len(captions), real_prior=True)
     assert [(path.stem, caption) for path, caption in found] == [(str(i), text) for i, text in enumerate(captions)]
 
 
-def test_a_caption_of_100_kilobytes(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+def test_a_caption_of_100_kilobytes(tokenize: Tokenize, tmp_path: Path) -> None:
     draw_images(tmp_path, 1)
     pair = [(tmp_path / "0.png", "cat and dog " * 8500)]
-    sample = CustomDiffusionDataset(pair, pair, tokenizer, size=64, mask_size=8)[0]
-    assert sample["class_prompt_ids"].shape == sample["instance_prompt_ids"].shape == (77,)
+    sample = CustomDiffusionDataset(pair, pair, tokenize, size=64, mask_size=8)[0]
+    assert all(sample[f"{kind}_prompt_ids"]["text_encoder"].shape == (77,) for kind in ("instance", "class"))
 
 
 @fuzz
@@ -169,7 +165,7 @@ def test_a_caption_of_100_kilobytes(tokenizer: CLIPTokenizer, tmp_path: Path) ->
 def test_tokens_never_leave_the_folder(token: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     if one_line(lambda: check_token_name(token), UserError):
-        written = save_concept(Concept({}, {token: torch.ones(4)}), folder)
+        written = save_concept(Concept({}, {token: {"text_encoder": torch.ones(4)}}), folder)
         assert all((folder / name).resolve().parent == folder.resolve() for name in written)
         assert load_concept(folder).tokens.keys() == {token}
         shutil.rmtree(folder)
@@ -186,11 +182,11 @@ CONCEPTS = st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, JSON)
 
 
 @fuzz
-@given(content=st.one_of(JSON, CONCEPTS), cut=st.integers(0, 200), prior=st.booleans())
-def test_concept_lists(content: object, cut: int, prior: bool, tmp_path: Path) -> None:
+@given(content=st.one_of(JSON, CONCEPTS), cut=st.integers(0, 200), prior=st.booleans(), real=st.booleans())
+def test_concept_lists(content: object, cut: int, prior: bool, real: bool, tmp_path: Path) -> None:
     text = json.dumps(content)
     (tmp_path / "list.json").write_text(text if cut > 100 else text[:cut])
-    args = SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=prior)
+    args = SimpleNamespace(concepts_list=str(tmp_path / "list.json"), with_prior_preservation=prior, real_prior=real)
     one_line(lambda: read_concepts(args), UserError, OSError)
 
 
@@ -200,7 +196,7 @@ def test_concept_lists(content: object, cut: int, prior: bool, tmp_path: Path) -
 )
 def test_token_arguments(prompt: str, modifier: str | None, initializer: str) -> None:
     args = SimpleNamespace(modifier_token=modifier, initializer_token=initializer)
-    one_line(lambda: parse_modifier_tokens(args, [{"instance_prompt": prompt}]), UserError)
+    one_line(lambda: parse_modifier_tokens(args, [ConceptEntry(prompt)]), UserError)
 
 
 FLAGS = [

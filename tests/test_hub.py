@@ -126,6 +126,7 @@ def put(hub: Hub, name: str, folder: Path) -> None:
     hub.files[name] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Path) -> None:
     put(hub, "someone/tiny", base_model)
     keys = [
@@ -185,6 +186,7 @@ def run_commands(commands: list[tuple[str, ...]], cwd: Path, variables: dict[str
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.long
 def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, images: Path, tmp_path: Path) -> None:
     files = {f"train/{path.name}": path.read_bytes() for path in sorted(images.iterdir())[:3]}
     captions = [json.dumps({"file_name": f"{number}.png", "text": f"<new1> cat, {number}"}) for number in range(3)]

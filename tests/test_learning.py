@@ -37,7 +37,8 @@ from benchmarks.learning import (
 from tests.conftest import launch
 from tools.base.score import reconstructed
 
-# What takes several trainings: `make test-learning`.
+# One training: `make test-all`. What takes several: `make test-learning`.
+pytestmark = pytest.mark.long
 learning = pytest.mark.learning
 SEED = 2026
 

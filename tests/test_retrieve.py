@@ -327,6 +327,7 @@ def test_fewer_than_asked_keeps_them_and_tells_why(web, tmp_path):
     }
 
 
+@pytest.mark.long
 def test_killed_ten_times_gives_what_an_uninterrupted_run_gives(web, tmp_path):
     serve_mixture(web)
     for number in range(GOOD):
@@ -1223,6 +1224,7 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message, monkeypatch
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.long
 def test_the_benchmark_runs():
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.retrieve", "--number", "4", "--latency", "0"],

@@ -84,9 +84,9 @@ def test_what_is_cut_off_is_known(tokenizer: CLIPTokenizer) -> None:
 
 def test_a_tokenizer_that_knows_no_length_gets_the_text_encoders(tokenizer: CLIPTokenizer) -> None:
     tokenizer.model_max_length = int(1e30)
-    limit_length(tokenizer, small_text_encoder(tokenizer, positions=20))
+    limit_length(tokenizer, small_text_encoder(tokenizer, positions=20).config)
     assert tokenizer.model_max_length == 20
-    limit_length(tokenizer, small_text_encoder(tokenizer, positions=77))
+    limit_length(tokenizer, small_text_encoder(tokenizer, positions=77).config)
     assert tokenizer.model_max_length == 20, "it never grows"
 
 

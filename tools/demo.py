@@ -12,11 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from custom_diffusion.images import write_image
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "demo" / "results"
 CELL, GAP, MARGIN = 96, 4, 14
 

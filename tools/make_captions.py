@@ -1,8 +1,8 @@
-"""Write the captions that merge.py keeps the base model's answers on: ``python captions/make_captions.py``.
+"""Write the captions that merge.py keeps the base model's answers on: ``python -m tools.make_captions``.
 
 Merging needs text features of everyday captions that have nothing to do with the concepts (paper, section 3.2). These
 are put together from the words below, so that they are ours to ship, in the styles people caption images in:
-sentences, lists of words, titles. The result is the same on every run and lies beside this file.
+sentences, lists of words, titles. The result is the same on every run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 COUNT = 1200
-FILE = Path(__file__).with_name("regularization.txt")
+FILE = Path(__file__).resolve().parent.parent / "custom_diffusion" / "concept" / "regularization.txt"
 
 
 def words(text: str) -> list[str]:

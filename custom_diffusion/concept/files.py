@@ -28,7 +28,7 @@ from torch import Tensor
 
 from custom_diffusion.concept import formats
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import has_hub_form, is_hub_id, write_bytes, write_whole
+from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import FAMILIES, family_with
 from custom_diffusion.text import first_line
@@ -356,7 +356,7 @@ def _read_card(folder: Path) -> dict[str, str]:
     if not card.is_file():
         return {}
     try:
-        data = ModelCard.load(card).data.to_dict()
+        data = ModelCard(read_text(card)).data.to_dict()
     except Exception:  # a card is written by people: whatever is wrong with its header, the weights are still good
         return {}
     said = {attribute: data.get(key) for attribute, key in CARD_KEYS.items()}

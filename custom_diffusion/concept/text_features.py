@@ -13,6 +13,7 @@ from torch import Tensor
 from custom_diffusion.concept.applying import check_tokens
 from custom_diffusion.concept.parts import Part
 from custom_diffusion.errors import UserError
+from custom_diffusion.files import read_text
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import Family
 from custom_diffusion.models.vocabulary import add_embeddings, add_words
@@ -29,7 +30,7 @@ def read_captions(path: Path, count: int) -> list[str]:
         UserError: for a file that cannot be read or is empty.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--captions {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     captions = list(dict.fromkeys(line for line in lines if line))

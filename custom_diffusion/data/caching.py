@@ -1,40 +1,35 @@
 """What is computed once rather than at every step: the posteriors of images, and the text features of captions.
 
-What a run will draw is known before it starts (see :meth:`data.CustomDiffusionDataset.draw`), so nothing is encoded
+What a run will draw is known before it starts (see :meth:`stream.SampleStream.draw`), so nothing is encoded
 that no step will see, and nothing twice: encoding ahead never costs more than encoding at every step.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from custom_diffusion.data.dataset import CustomDiffusionDataset, View
-from custom_diffusion.files import remove_half_written, write_whole
+from custom_diffusion.data.dataset import CustomDiffusionDataset
+from custom_diffusion.data.latent_files import posterior_names, read_posterior, remove_stale, write_posterior
+from custom_diffusion.data.views import Renderer, View
+from custom_diffusion.files import remove_half_written
 from custom_diffusion.models.families import Conditioning
 
 logger = logging.getLogger("custom_diffusion")
 
 PIXELS_AT_ONCE = 8 * 512**2  # encoded together on a GPU
-
-
-CAPTIONS_AT_ONCE = 32
+CAPTIONS_AT_ONCE = 32  # the same
 
 
 @torch.no_grad()
@@ -79,7 +74,7 @@ def encode_images(
     """
     started = time.perf_counter()
     views, _ = dataset.drawn(positions)
-    dataset.posteriors = encode_views(dataset, views, vae, accelerator, folder, num_workers)
+    dataset.posteriors = encode_views(dataset.renderer, views, vae, accelerator, folder, num_workers)
     drawn = len(positions) * (2 if dataset.class_images else 1)
     logger.info(
         f"{len(views)} encoded images for the {drawn} that the steps will draw, in "
@@ -90,19 +85,19 @@ def encode_images(
 class _Rendered(Dataset):
     """The pixels of views, for data workers."""
 
-    def __init__(self, dataset: CustomDiffusionDataset, views: Sequence[View]) -> None:
-        self.dataset = dataset
+    def __init__(self, renderer: Renderer, views: Sequence[View]) -> None:
+        self.renderer = renderer
         self.views = views
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.dataset.render(self.views[index])
+        return self.renderer.render(self.views[index])
 
 
 def encode_views(
-    dataset: CustomDiffusionDataset,
+    renderer: Renderer,
     views: Sequence[View],
     vae: AutoencoderKL,
     accelerator: Accelerator,
@@ -112,28 +107,19 @@ def encode_views(
     """Encode every view once; several processes share the work, and each ends with all of them.
 
     Args:
-        dataset: renders the views.
+        renderer: makes the pixels of the views.
         vae: on the accelerator's device, in the type to encode in.
-        folder: where posteriors are kept as they are made, and found again by a later run. A file that is damaged
-            is made anew, and one of another image, view, VAE or type has another name.
+        folder: where posteriors are kept as they are made, and found again by a later run. A damaged file is made
+            again, and one of another image, view, VAE or type has another name.
         num_workers: processes that load the images.
 
     Returns:
         View to posterior (2, C, h, w), on the CPU.
     """
     views = sorted(views, key=lambda view: view.path)
-    posteriors: dict[View, Tensor] = {}
-    paths: dict[View, Path] = {}
-    if folder is not None:
-        if accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
-            remove_half_written(folder)
-        accelerator.wait_for_everyone()
-        paths = {view: folder / f"{name}.safetensors" for view, name in _names(dataset, views, vae).items()}
-        for view, path in paths.items():
-            posterior = read_posterior(path)
-            if posterior is not None:
-                posteriors[view] = posterior
+    paths = {} if folder is None else _kept_paths(folder, renderer, views, vae, accelerator)
+    found = {view: read_posterior(path) for view, path in paths.items()}
+    posteriors = {view: posterior for view, posterior in found.items() if posterior is not None}
     mine = [number for number, view in enumerate(views) if view not in posteriors]
     # What one process lacks, all make: they need not see the same disk.
     lacking = [views[number] for number in sorted(set(gather_object(mine)))]
@@ -141,8 +127,8 @@ def encode_views(
         return posteriors
 
     share = lacking[accelerator.process_index :: accelerator.num_processes]
-    at_once = 1 if accelerator.device.type == "cpu" else max(1, PIXELS_AT_ONCE // dataset.size**2)
-    loader = DataLoader(_Rendered(dataset, share), batch_size=at_once, num_workers=num_workers)
+    at_once = 1 if accelerator.device.type == "cpu" else max(1, PIXELS_AT_ONCE // renderer.size**2)
+    loader = DataLoader(_Rendered(renderer, share), batch_size=at_once, num_workers=num_workers)
     encoded: list[Tensor] = []
     bar = partial(tqdm, desc="Encoding images", unit="image", disable=not accelerator.is_local_main_process)
     with bar(total=len(lacking)) as progress:
@@ -152,68 +138,38 @@ def encode_views(
                     write_posterior(paths[share[len(encoded)]], posterior)
                 encoded.append(posterior)
             progress.update(min(len(pixel_values) * accelerator.num_processes, len(lacking) - progress.n))
-    return posteriors | dict(zip(lacking, _exchange(encoded, len(lacking), dataset, vae, accelerator), strict=True))
+    everyone = _exchange(encoded, len(lacking), renderer.mask_size, vae, accelerator)
+    return posteriors | dict(zip(lacking, everyone, strict=True))
+
+
+def _kept_paths(
+    folder: Path, renderer: Renderer, views: Sequence[View], vae: AutoencoderKL, accelerator: Accelerator
+) -> dict[View, Path]:
+    """The file of each view in the folder, which is made and cleaned up."""
+    if accelerator.is_main_process:
+        folder.mkdir(exist_ok=True)
+        remove_half_written(folder)
+        removed = remove_stale(folder)
+        if removed:
+            logger.info(f"{removed} encoded images of other versions are removed from {str(folder)!r}")
+    accelerator.wait_for_everyone()
+    return {view: folder / name for view, name in posterior_names(renderer, views, vae).items()}
 
 
 def _exchange(
-    encoded: list[Tensor], count: int, dataset: CustomDiffusionDataset, vae: AutoencoderKL, accelerator: Accelerator
+    encoded: list[Tensor], count: int, latent_size: int, vae: AutoencoderKL, accelerator: Accelerator
 ) -> Tensor:
     """What all processes have encoded, in the order in which it was dealt out to them."""
     if accelerator.num_processes == 1:
         return torch.stack(encoded)
     each = -(-count // accelerator.num_processes)
-    shape = (2, vae.config.latent_channels, dataset.mask_size, dataset.mask_size)
+    shape = (2, vae.config["latent_channels"], latent_size, latent_size)
     mine = torch.zeros(each, *shape, dtype=vae.dtype)
     for number, posterior in enumerate(encoded):
         mine[number] = posterior
     # As bytes: not every backend knows every type.
     everyone = accelerator.gather(mine.view(torch.uint8).to(accelerator.device)).cpu().view(vae.dtype)
     return everyone.view(accelerator.num_processes, each, *shape).transpose(0, 1).flatten(0, 1)[:count]
-
-
-def _names(dataset: CustomDiffusionDataset, views: Sequence[View], vae: AutoencoderKL) -> dict[View, str]:
-    """A name for each view's posterior that differs wherever the posterior may."""
-    digest = hashlib.sha256()
-    # The weights are in the type that they compute in.
-    for tensor in [*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()]:
-        digest.update(_bytes(tensor))
-    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    shared = [digest.hexdigest(), settings, vae.device.type, dataset.size]
-    shared += [torch.__version__, diffusers.__version__]
-
-    @cache
-    def digest_of(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def name(view: View) -> str:
-        parts = [*shared, digest_of(view.path), view.flip, view.scale, view.top, view.left]
-        smaller = view.scale is not None and view.scale < dataset.size
-        canvas = [dataset.padding_mode] if smaller and dataset.padding_mode != "constant" else []
-        return hashlib.sha256(json.dumps([*parts, *canvas]).encode()).hexdigest()
-
-    return {view: name(view) for view in views}
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def write_posterior(path: Path, posterior: Tensor) -> None:
-    """Keep a posterior with its checksum, whole or not at all."""
-    checksum = torch.frombuffer(bytearray(hashlib.sha256(_bytes(posterior)).digest()), dtype=torch.uint8)
-    content = save({"posterior": posterior.contiguous(), "sha256": checksum})
-    write_whole(path, lambda file: file.write(content))
-
-
-def read_posterior(path: Path) -> Tensor | None:
-    """What :func:`write_posterior` has kept; None where there is nothing, or something else than was written."""
-    try:
-        content = load(path.read_bytes())
-        posterior, checksum = content["posterior"], content["sha256"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return posterior if _bytes(checksum) == hashlib.sha256(_bytes(posterior)).digest() else None
 
 
 def encode_texts(

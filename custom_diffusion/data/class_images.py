@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from custom_diffusion.data.class_image_folders import ClassImageFolder, distinct_folders, warn_of_twins
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.errors import UserError
+from custom_diffusion.data.images import LeftOut, find_images
 from custom_diffusion.files import remove_half_written
-from custom_diffusion.images import readable_images, write_image
+from custom_diffusion.images import write_image
 from custom_diffusion.machine import return_freed_memory
 from custom_diffusion.models.base_model import BaseModel
 
@@ -53,31 +53,21 @@ def derived_seed(*parts: Any) -> int:
 
 
 def find_missing(
-    concepts: Sequence[ConceptEntry], accelerator: Accelerator, num_images: int
-) -> list[tuple[Path, PromptDataset]]:
-    """The folders that hold too few images, which are made where there are none, with the prompts that they lack.
-
-    Raises:
-        UserError: for a folder of real class images.
-    """
+    folders: Sequence[ClassImageFolder], accelerator: Accelerator, num_images: int
+) -> list[tuple[ClassImageFolder, PromptDataset]]:
+    """The folders that hold too few images, which are made where there are none, with the prompts that they lack."""
     missing = []
-    for concept in concepts:
-        folder = concept.class_folder
+    for folder in folders:
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_half_written(folder)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            remove_half_written(folder.path)
         accelerator.wait_for_everyone()
-        if (folder / "images.txt").exists():
-            raise UserError(
-                f"{str(folder)!r} holds real class images, as retrieve.py brings them: add --real_prior, "
-                "or give another --class_data_dir for generated ones"
-            )
-        present, _ = readable_images([path for path in folder.iterdir() if path.is_file()])
+        present = find_images(folder.path, LeftOut())
         numbers = [int(path.name.split("-")[0]) for path in present if path.name.split("-")[0].isdecimal()]
         # Every process has to count before one of them writes.
         accelerator.wait_for_everyone()
         if len(present) < num_images:
-            missing.append((folder, PromptDataset(concept.class_prompt, num_images - len(present), numbers)))
+            missing.append((folder, PromptDataset(folder.class_prompt, num_images - len(present), numbers)))
     return missing
 
 
@@ -89,21 +79,25 @@ def generate_class_images(
 ) -> None:
     """Generate the class images that are missing; what is there already stays and counts.
 
-    Image k of a prompt has a noise of its own, made from seed, prompt and k: no two are alike, on however many
-    processes, and an interrupted generation goes on with the images it would have made.
+    Image k of a folder has a noise of its own, made from seed, class prompt, k and the folder's number among those
+    of this prompt: no two are alike, on however many processes, and an interrupted generation makes the images that
+    it would have made. The folder keeps a record of the class prompt.
 
     Args:
         base_model: what generates them.
         concepts: each with ``class_data_dir`` and ``class_prompt``.
         accelerator: its processes share the work.
-        args: the run's ``num_class_images``, which each concept needs; ``sample_batch_size``, generated at once, per
+        args: the run's ``num_class_images``, which each folder needs; ``sample_batch_size``, generated at once, per
             process; ``seed``; ``prior_generation_precision``, one of :data:`PRECISIONS`, or else fp16 on a GPU and
             fp32 on a CPU.
 
     Raises:
-        UserError: for a folder of real class images, and a base model that cannot be loaded.
+        UserError: for a base model that cannot be loaded.
     """
-    missing = find_missing(concepts, accelerator, args.num_class_images)
+    folders = distinct_folders(concept.class_folder for concept in concepts)
+    missing = find_missing(folders, accelerator, args.num_class_images)
+    if accelerator.is_main_process:
+        _keep_records(folders, [folder for folder, _ in missing])
     if not missing:
         return
 
@@ -113,24 +107,43 @@ def generate_class_images(
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     for folder, prompts in missing:
-        share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
-        bar = partial(tqdm, desc=f"Class images of {prompts.prompt!r}", unit="image")
-        with bar(total=len(prompts), disable=not accelerator.is_local_main_process) as progress:
-            for batch in DataLoader(share, batch_size=args.sample_batch_size):
-                generate_batch(pipeline, batch, folder, args.seed)
-                made = len(batch["index"]) * accelerator.num_processes
-                progress.update(min(made, len(prompts) - progress.n))
+        _fill(folder, prompts, pipeline, accelerator, args)
     del pipeline
     return_freed_memory()
     accelerator.wait_for_everyone()
 
 
-def generate_batch(pipeline: DiffusionPipeline, batch: dict[str, Any], folder: Path, seed: int) -> None:
+def _keep_records(folders: Sequence[ClassImageFolder], missing: Sequence[ClassImageFolder]) -> None:
+    """Record the class prompt of the folders that are filled now, or were before there were records."""
+    warn_of_twins(folders)
+    for folder in folders:
+        if (folder in missing or folder.generated()) and folder.recorded_prompt() is None:
+            folder.record()
+
+
+def _fill(
+    folder: ClassImageFolder,
+    prompts: PromptDataset,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Generate this process's share of the images that a folder lacks."""
+    share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
+    bar = partial(tqdm, desc=f"Class images of {prompts.prompt!r}", unit="image")
+    with bar(total=len(prompts), disable=not accelerator.is_local_main_process) as progress:
+        for batch in DataLoader(share, batch_size=args.sample_batch_size):
+            generate_batch(pipeline, batch, folder, args.seed)
+            progress.update(min(len(batch["index"]) * accelerator.num_processes, len(prompts) - progress.n))
+
+
+def generate_batch(pipeline: DiffusionPipeline, batch: dict[str, Any], folder: ClassImageFolder, seed: int) -> None:
     """Generate and write the images of one batch of a :class:`PromptDataset`, each from its own noise."""
     numbers = batch["index"].tolist()
-    seeds = [derived_seed(seed, prompt, number) for prompt, number in zip(batch["prompt"], numbers, strict=True)]
+    series = [folder.series] if folder.series else []  # the first has the noise that it had before there were others
+    seeds = [derived_seed(seed, prompt, k, *series) for prompt, k in zip(batch["prompt"], numbers, strict=True)]
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     images = pipeline(batch["prompt"], generator=generators).images
     for number, image in zip(numbers, images, strict=True):
         digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-        write_image(folder / f"{number}-{digest}.jpg", image, "JPEG", quality=95)
+        write_image(folder.path / f"{number}-{digest}.jpg", image, "JPEG", quality=95)

@@ -13,8 +13,9 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from custom_diffusion.data.captions import dataset_folder
+from custom_diffusion.data.class_image_folders import ClassImageFolder, check_class_folders
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import is_hub_id
+from custom_diffusion.files import is_hub_id, read_text
 from custom_diffusion.text import one_line
 
 
@@ -37,9 +38,9 @@ class ConceptEntry:
     instance_folder: Path = Path()
 
     @property
-    def class_folder(self) -> Path:
+    def class_folder(self) -> ClassImageFolder:
         """The folder of the class images."""
-        return Path(self.class_data_dir)
+        return ClassImageFolder(Path(self.class_data_dir), self.class_prompt)
 
 
 TYPED = tuple(field.name for field in fields(ConceptEntry) if field.name != "instance_folder")
@@ -52,7 +53,7 @@ def read_list(path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
         UserError: for a file that cannot be read, or is no list of objects.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"--concepts_list {path!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # broken JSON and text that is not UTF-8
@@ -68,7 +69,8 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     Class prompts and folders are read with prior preservation only.
 
     Raises:
-        UserError: for a list that is missing, broken or incomplete, and for instance folders that are not there.
+        UserError: for a list that is missing, broken or incomplete, for instance folders that are not there, and for
+            folders of generated class images that hold another class.
     """
     needed = TYPED if args.with_prior_preservation else TYPED[:2]
     if args.concepts_list is None:
@@ -84,6 +86,8 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
         concept = ConceptEntry(**{key: entry[key] for key in needed})
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
+    if args.with_prior_preservation and not args.real_prior:
+        check_class_folders([concept.class_folder for concept in concepts])
     return concepts
 
 

@@ -4,94 +4,151 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from custom_diffusion.data.captions import find_captions
+from PIL import Image
+
+from custom_diffusion.data.captions import find_captions, is_caption_file
+from custom_diffusion.data.class_image_folders import RECORD_NAME, ClassImageFolder, distinct_folders
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
+from custom_diffusion.files import read_text
 from custom_diffusion.images import readable_images
 
 logger = logging.getLogger("custom_diffusion")
 
+UNREADABLE, NO_IMAGE = "no readable image", "no image"
+MOST_NAMES = 10  # of one kind in a message
 
-def find_instance_images(concepts: Sequence[ConceptEntry], tokens: Sequence[str] = ()) -> list[tuple[Path, str]]:
+
+def find_instance_images(concepts: Sequence[ConceptEntry]) -> list[tuple[Path, str]]:
     """All instance images with their prompts, in the order of their names.
 
-    An image's own caption (see :func:`find_captions`) is its prompt, and the concept's instance prompt where it has
-    none.
+    An image's own caption (see :func:`captions.find_captions`) is its prompt, and the concept's instance prompt where
+    it has none. Says what of the folders is left out.
 
     Args:
-        concepts: each with ``instance_data_dir`` and ``instance_prompt``.
-        tokens: the modifier tokens; a caption must hold one of those that its concept's prompt has.
+        concepts: each with ``instance_folder`` and ``instance_prompt``.
 
     Raises:
-        UserError: for a folder without a readable image, and captions that cannot be read or hold no token.
+        UserError: for a folder without a readable image, and captions that cannot be read.
     """
-    pairs, left_out = [], []
+    pairs = []
+    left_out = LeftOut()
     for concept in concepts:
         folder = concept.instance_folder
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        captions, caption_files = find_captions(folder, files)
-        good, bad = readable_images([path for path in files if path not in caption_files])
-        if not good:
+        images = find_images(folder, left_out)
+        if not images:
             raise UserError(f"there is no readable image in {str(folder)!r} (instance_data_dir)")
-        own = [token for token in tokens if token in concept.instance_prompt]
-        without = [
-            path.name for path in good if own and path in captions and not any(token in captions[path] for token in own)
-        ]
-        if without:
-            raise UserError(
-                f"in {str(folder)!r} the captions of {', '.join(without)} do not hold {' or '.join(own)}: "
-                f"write it into them, as in {concept.instance_prompt!r}, or take these captions away"
-            )
-        pairs += [(path, captions.get(path, concept.instance_prompt)) for path in good]
-        left_out += bad
+        captions, unused = find_captions(folder, images)
+        left_out.add("texts of no image", unused)
+        pairs += [(path, captions.get(path, concept.instance_prompt)) for path in images]
         if captions:
-            count = sum(path in captions for path in good)
-            logger.info(f"{count} of {len(good)} images in {folder} have a caption of their own")
-    if left_out:
-        logger.warning(f"left out, no readable image: {', '.join(map(str, left_out))}")
+            logger.info(f"{len(captions)} of {len(images)} images in {folder} have a caption of their own")
+    left_out.say()
     return pairs
 
 
 def find_class_images(
     concepts: Sequence[ConceptEntry], num_class_images: int, real_prior: bool
 ) -> list[tuple[Path, str]]:
-    """The class images with their prompts: at most ``num_class_images`` per concept.
+    """The class images with their prompts: at most ``num_class_images`` per folder, which concepts may share.
 
     Raises:
         UserError: where a concept has too few real class images; the message holds the command that gets them.
     """
-    pairs, left_out = [], []
-    for concept in concepts:
-        folder = concept.class_folder
-        if real_prior:
-            captions = dict(_retrieved_images(folder, _retrieve_command(concept, num_class_images)))
-        else:
-            captions = {path: concept.class_prompt for path in sorted(folder.iterdir()) if path.is_file()}
-        good, bad, paths = [], [], list(captions)
-        # In portions: replacements for broken ones are found without decoding thousands that are not needed.
-        while paths and len(good) < num_class_images:
-            readable, unreadable = readable_images(paths[:num_class_images])
-            good, bad, paths = good + readable, bad + unreadable, paths[num_class_images:]
-        if real_prior and len(good) < num_class_images:
+    pairs = []
+    left_out = LeftOut()
+    for folder in distinct_folders(concept.class_folder for concept in concepts):
+        if not real_prior:
+            images = find_images(folder.path, left_out, most=num_class_images)
+            pairs += [(path, folder.class_prompt) for path in images]
+            texts = [path for path in sorted(folder.path.iterdir()) if is_caption_file(path)]
+            left_out.add("texts, since class images have the class prompt", texts)
+            continue
+        command = _retrieve_command(folder, num_class_images)
+        captions = dict(_retrieved_images(folder.path, command))
+        images, bad = _readable(list(captions), num_class_images)
+        left_out.add_unreadable(bad)
+        if len(images) < num_class_images:
             raise UserError(
-                f"{str(folder)!r} has {len(good)} readable class images of the {num_class_images} wanted; "
-                f"get them with: {_retrieve_command(concept, num_class_images)}"
+                f"{str(folder.path)!r} has {len(images)} readable class images of the {num_class_images} wanted; "
+                f"get them with: {command}"
             )
-        pairs += [(path, captions[path]) for path in good[:num_class_images]]
-        left_out += bad
-    if left_out:
-        logger.warning(f"left out, no readable image: {', '.join(map(str, left_out))}")
+        pairs += [(path, captions[path]) for path in images]
+    left_out.say()
     return pairs
 
 
-def _retrieve_command(concept: ConceptEntry, num_class_images: int) -> str:
-    command = ["python", "retrieve.py", "--class_prompt", concept.class_prompt]
-    return shlex.join(
-        [*command, "--class_data_dir", concept.class_data_dir, "--num_class_images", str(num_class_images)]
-    )
+class LeftOut:
+    """What of the folders of images is not trained on, said once."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, list[Path]] = {}
+
+    def add(self, reason: str, paths: Sequence[Path]) -> None:
+        """Note files or folders for the one message."""
+        self._paths.setdefault(reason, []).extend(paths)
+
+    def add_unreadable(self, paths: Sequence[Path]) -> None:
+        """Note files that cannot be read: those that should be images are not hidden among others."""
+        endings = Image.registered_extensions()
+        self.add(UNREADABLE, [path for path in paths if path.suffix.lower() in endings])
+        self.add(NO_IMAGE, [path for path in paths if path.suffix.lower() not in endings])
+
+    def say(self) -> None:
+        """Warn, if there is anything."""
+        parts = []
+        for reason, paths in self._paths.items():
+            names = ", ".join(f"{path}/" if path.is_dir() else str(path) for path in paths[:MOST_NAMES])
+            more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
+            parts += [f"{reason}: {names}{more}"] if paths else []
+        if parts:
+            logger.warning(f"left out, {'; '.join(parts)}")
+
+
+def find_images(folder: Path, left_out: LeftOut, most: int | None = None) -> list[Path]:
+    """The readable images of a folder, in the order of their names.
+
+    Args:
+        left_out: takes what is not an image of its own: files that Pillow does not read, masks that other trainers
+            keep beside their images, and folders.
+        most: how many are needed; no more are looked at than that takes.
+    """
+    entries = sorted(folder.iterdir())
+    left_out.add("folders", [path for path in entries if path.is_dir() and not path.name.startswith(".")])
+    files = [path for path in entries if not path.is_dir() and not is_caption_file(path) and path.name != RECORD_NAME]
+    stems = {path.stem for path in files}
+    masks = [path for path in files if _is_mask(path.stem, stems)]
+    left_out.add("masks", masks)
+    good, bad = _readable([path for path in files if path not in masks], most)
+    left_out.add_unreadable(bad)
+    return good
+
+
+def _is_mask(stem: str, stems: Collection[str]) -> bool:
+    """Whether a file belongs to the image of another stem, as OneTrainer's ``1-masklabel.png`` to ``1.jpg``."""
+    if stem.lower().endswith(("-masklabel", "-condlabel")):
+        return True
+    return stem.lower().endswith(("-mask", "_mask", ".mask")) and stem[: -len("-mask")] in stems
+
+
+def _readable(paths: Sequence[Path], most: int | None) -> tuple[list[Path], list[Path]]:
+    """The first images of these that can be read, at most so many, and the files before them that cannot."""
+    good: list[Path] = []
+    bad: list[Path] = []
+    # In portions: replacements for broken ones are found without decoding thousands that are not needed.
+    portion = len(paths) if most is None else most
+    while paths and (most is None or len(good) < most):
+        readable, unreadable = readable_images(paths[:portion])
+        good, bad, paths = good + readable, bad + unreadable, paths[portion:]
+    return good[:most], bad
+
+
+def _retrieve_command(folder: ClassImageFolder, num_class_images: int) -> str:
+    command = ["python", "retrieve.py", "--class_prompt", folder.class_prompt]
+    return shlex.join([*command, "--class_data_dir", str(folder.path), "--num_class_images", str(num_class_images)])
 
 
 def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
@@ -100,7 +157,7 @@ def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
     for name in ("images.txt", "caption.txt"):
         try:
             # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
+            lines[name] = read_text(folder / name).removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
     if len(lines["images.txt"]) != len(lines["caption.txt"]):

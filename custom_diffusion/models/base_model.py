@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,22 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTokenizer, PretrainedConfig, PreTrainedModel
 
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import is_hub_id
-from custom_diffusion.models.families import Family, family_of
+from custom_diffusion.models.families import Family, TextEncoder, family_of, text_models_of
+from custom_diffusion.models.recognizing import SINGLE_FILES, describe_file, describe_folder, missing_weights
+from custom_diffusion.models.vocabulary import limit_length
 from custom_diffusion.text import first_line
+
+INDEX_NAME = "model_index.json"
+FEWEST_ENTRIES = 10  # transformers makes a tokenizer of two of a folder without vocabulary, and says nothing
+
+# Of models that are not trained on what DDPMScheduler adds.
+OTHER_SCHEDULERS = re.compile(
+    "FlowMatch|^EDM|CMStochastic|ScoreSde|VQDiffusion|KarrasVe|Amused|Wuerstchen|UnCLIP|CogVideo"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,9 @@ class BaseModel:
             UserError: in one line that names the part, where the libraries' errors are pages.
         """
         is_folder = Path(self.name).is_dir()
-        if not is_folder and not is_hub_id(self.name):
+        if Path(self.name).is_file():
+            raise UserError(f"{describe_file(Path(self.name))} (--pretrained_model_name_or_path)")
+        if not is_folder and (not is_hub_id(self.name) or Path(self.name).suffix in SINGLE_FILES):
             raise UserError(f"there is no model folder {self.name!r} (--pretrained_model_name_or_path)")
         if subfolder is not None:
             options["subfolder"] = subfolder
@@ -56,39 +69,71 @@ class BaseModel:
                 f"cannot load the {what} {where} (--pretrained_model_name_or_path): {first_line(error)}"
             ) from error
 
+    def index(self) -> dict[str, Any]:
+        """The content of ``model_index.json``.
+
+        Raises:
+            UserError: where there is none; what is there instead is named.
+        """
+        folder = Path(self.name)
+        if folder.is_dir() and not (folder / INDEX_NAME).is_file():
+            found = describe_folder(folder)
+            if found:
+                raise UserError(f"{found} (--pretrained_model_name_or_path)")
+        return dict(self.load(DiffusionPipeline.load_config))
+
     def family(self) -> Family:
         """The family that the model is of, as its ``model_index.json`` says.
 
         Raises:
             UserError: where it cannot be read, or is of a family that is not supported.
         """
-        index = self.load(DiffusionPipeline.load_config)
+        index = self.index()
         return family_of(index.keys(), f"{self.name!r}, a {index.get('_class_name')},")
 
     def pipeline(self, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
         """The whole pipeline; ``options`` go to ``from_pretrained``."""
+        family = self.family()
         if self.tokenizer is not None:
-            family = self.family()
             tokenizers = self.tokenizers(family)
             options = {part.tokenizer: tokenizers[part.name] for part in family.text_encoders} | options
-        return self.load(DiffusionPipeline.from_pretrained, dtype=dtype, variant=self.variant, **options)
+        pipeline = self.load(family.pipeline_class.from_pretrained, dtype=dtype, variant=self.variant, **options)
+        for name, tokenizer in text_models_of(family, pipeline)[0].items():
+            limit_length(tokenizer, getattr(pipeline, name).config)
+        return pipeline
+
+    def text_configuration(self, part: TextEncoder) -> dict[str, Any]:
+        """The configuration of a text encoder."""
+
+        def load_config(name: str, **options: Any) -> dict[str, Any]:
+            config, _ = PretrainedConfig.get_config_dict(name, **options)
+            if not config:
+                raise OSError("there is no config.json")
+            return config
+
+        return dict(self.load(load_config, part.name))
 
     def tokenizers(self, family: Family, other: str | None = None) -> dict[str, CLIPTokenizer]:
         """The tokenizers by the names of their text encoders, or the ones of another model or folder.
 
         Raises:
-            UserError: where one cannot be loaded.
+            UserError: where one cannot be loaded, or does not fit its text encoder.
         """
         other = other or self.tokenizer
-        if other is None:
-            return {
-                part.name: self.load(CLIPTokenizer.from_pretrained, part.tokenizer) for part in family.text_encoders
-            }
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(other, revision=self.revision)
-        except Exception as error:
-            raise UserError(f"cannot load the tokenizer {other!r} (--tokenizer_name)") from error
-        return {part.name: tokenizer for part in family.text_encoders}
+        tokenizers = {}
+        for part in family.text_encoders:
+            if other is None:
+                tokenizer, whose = self.load(CLIPTokenizer.from_pretrained, part.tokenizer), f"of {self.name!r}"
+            else:
+                tokenizer, whose = _other_tokenizer(other, self.revision), f"{other!r} (--tokenizer_name)"
+            config = CLIPTextConfig.from_dict(self.text_configuration(part))
+            if not FEWEST_ENTRIES <= len(tokenizer) <= config.vocab_size:
+                raise UserError(
+                    f"the tokenizer {whose} has {len(tokenizer)} entries, and the {part.name} of {self.name!r} "
+                    f"has {config.vocab_size}: they do not belong together"
+                )
+            tokenizers[part.name] = limit_length(tokenizer, config)
+        return tokenizers
 
     def text_encoders(self, family: Family, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
         """The text encoders by name, frozen."""
@@ -122,6 +167,13 @@ class BaseModel:
             raise UserError(f"the base model {self.name!r} has no {error.args[0]}: it is another model") from None
 
 
+def _other_tokenizer(name: str, revision: str | None) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(name, revision=revision or "main")
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer {name!r} (--tokenizer_name)") from error
+
+
 @dataclass(frozen=True)
 class ModelConfiguration:
     """What a base model's configuration files, which are small, say of it.
@@ -150,15 +202,30 @@ def read_configuration(base_model: BaseModel, resolution: int) -> ModelConfigura
         resolution: side of the training images in pixels.
 
     Raises:
-        UserError: for a model that is missing or of another family, or a resolution that the VAE cannot take.
+        UserError: for a model that is missing, of another family or not whole, or that could not be trained and then
+            drawn with; or a resolution that the VAE cannot take.
     """
-    family = base_model.family()
+    family, parts = base_model.family(), {}
+    problem = _index_problem(family, base_model.index())
+    if not problem:
+        parts = {"unet": base_model.load(UNet2DConditionModel.load_config, "unet")}
+        parts["vae"] = base_model.load(AutoencoderKL.load_config, "vae")
+        parts["scheduler"] = base_model.load(DDPMScheduler.load_config, "scheduler")
+        parts |= {part.name: base_model.text_configuration(part) for part in family.text_encoders}
+        problem = _class_problem(parts) or family.problem(base_model.index(), parts)
+    if problem:
+        raise UserError(f"{base_model.name!r} cannot be trained: {problem}")
+    if Path(base_model.name).is_dir():
+        weighted = ["unet", "vae", *(part.name for part in family.text_encoders)]
+        problem = missing_weights(Path(base_model.name), weighted, base_model.variant)
+        if problem:
+            raise UserError(problem)
     noise_scheduler = base_model.load(DDPMScheduler.from_pretrained, "scheduler")
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"the base model predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
+            f"{base_model.name!r} predicts {noise_scheduler.config.prediction_type!r}, not epsilon or v_prediction"
         )
-    vae = base_model.load(AutoencoderKL.load_config, "vae")
+    vae = parts["vae"]
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if resolution % factor:
         below = resolution // factor * factor
@@ -167,3 +234,30 @@ def read_configuration(base_model: BaseModel, resolution: int) -> ModelConfigura
             f"take {below or factor} or {below + factor}"
         )
     return ModelConfiguration(base_model, family, noise_scheduler, vae, vae["latent_channels"], resolution // factor)
+
+
+def _index_problem(family: Family, index: Mapping[str, Any]) -> str:
+    """Which part of a model is missing, or of another class than this family's; "" where all are as they should be."""
+    expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": None}
+    for text_encoder in family.text_encoders:
+        expected |= {text_encoder.name: text_encoder.kind.__name__, text_encoder.tokenizer: "CLIPTokenizer"}
+    for part, wanted in expected.items():
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
+        if found is None:
+            return f"it has no {part}"
+        if wanted is not None and found.removesuffix("Fast") != wanted:
+            return f"its {part} is a {found} in place of a {wanted}"
+    return ""
+
+
+def _class_problem(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same, as the parts' own files say it."""
+    for part, wanted in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+        found = parts[part].get("_class_name", wanted)
+        if found != wanted:
+            return f"its {part} is a {found} in place of a {wanted}"
+    scheduler = str(parts["scheduler"].get("_class_name"))
+    if OTHER_SCHEDULERS.search(scheduler):
+        return f"it was trained with another kind of noise than Stable Diffusion's ({scheduler})"
+    return ""

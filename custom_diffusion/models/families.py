@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
+from custom_diffusion.models.recognizing import unet_problem
 
+# Text encoders by name.
+TextEncoders = Mapping[str, Any] | nn.ModuleDict
 # What the UNet is told of captions, by name; the first dimension of every tensor counts the captions.
 Conditioning = dict[str, Tensor]
 
@@ -47,16 +50,27 @@ class Family(ABC):
     Attributes:
         name: for messages.
         text_encoders: in the order in which diffusers' pipeline encodes with them.
+        pipeline_class: draws images with its models, whatever other pipeline they were saved from.
         resolution: side of the images in pixels that its models are made for.
     """
 
     name: str
     text_encoders: tuple[TextEncoder, ...]
+    pipeline_class: type[DiffusionPipeline]
     resolution: int = 512
 
     @abstractmethod
     def fits(self, components: Collection[str]) -> bool:
         """Whether a model with these components (``unet``, ``text_encoder``, ...) is of this family."""
+
+    @abstractmethod
+    def problem(self, index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
+        """Why a model that fits cannot be trained and then drawn with; "" where it can.
+
+        Args:
+            index: its ``model_index.json``.
+            parts: the configurations of its parts, by name.
+        """
 
     def tokenize(self, tokenizers: Mapping[str, CLIPTokenizer], prompt: str) -> dict[str, Tensor]:
         """The ids of a prompt per text encoder, cut and padded to (model_max_length,)."""
@@ -72,11 +86,10 @@ class Family(ABC):
         }
 
     @abstractmethod
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of N captions.
 
         Args:
-            text_encoders: by name; a ``nn.ModuleDict`` will do.
             input_ids: per text encoder, (N, length).
         """
 
@@ -96,7 +109,7 @@ class Family(ABC):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """A pipeline of models that are in memory already."""
@@ -107,12 +120,28 @@ class StableDiffusion(Family):
 
     name = "Stable Diffusion 1.x and 2.x"
     text_encoders = (TextEncoder("text_encoder", "tokenizer", CLIPTextModel),)
+    pipeline_class = StableDiffusionPipeline
 
     def fits(self, components: Collection[str]) -> bool:
         """See :class:`Family`."""
         return "unet" in components and "text_encoder_2" not in components
 
-    def encode(self, text_encoders: Mapping[str, nn.Module], input_ids: Mapping[str, Tensor]) -> Conditioning:
+    def problem(self, index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
+        """See :class:`Family`."""
+        if "Consistency" in str(index.get("_class_name")):
+            return "it is distilled to a few steps: take the model that it was distilled from"
+        unet, text_encoder, vae = (parts.get(name, {}) for name in ("unet", "text_encoder", "vae"))
+        if vae.get("in_channels", 3) != 3:
+            return f"its VAE takes {vae['in_channels']} channels in place of red, green and blue"
+        kind = text_encoder.get("model_type", "clip_text_model")
+        if kind not in ("clip_text_model", "clip"):
+            return f"its text encoder is a {kind} model in place of CLIP's"
+        width, wanted = text_encoder.get("hidden_size"), unet.get("cross_attention_dim")
+        if None not in (width, wanted) and width != wanted:
+            return f"its text encoder gives {width} features, and its UNet takes {wanted}"
+        return unet_problem(unet, vae.get("latent_channels", 4))
+
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
         """``features``, (N, length, text width)."""
         return {"features": text_encoders["text_encoder"](input_ids["text_encoder"])[0]}
 
@@ -127,7 +156,7 @@ class StableDiffusion(Family):
         vae: nn.Module,
         unet: nn.Module,
         scheduler: Any,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
     ) -> DiffusionPipeline:
         """See :class:`Family`; without a safety checker."""

@@ -18,8 +18,8 @@ from custom_diffusion.errors import UserError
 
 def fold(word: str, tokenizer: Any) -> str:
     """The form in which a tokenizer looks a word up: CLIP's folds case, for one."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    return word if normalizer is None else normalizer.normalize_str(word)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return word.lower() if normalizer is None else normalizer.normalize_str(word)
 
 
 def check_new_words(words: Iterable[str], tokenizer: Any, whose: str = "") -> None:
@@ -40,15 +40,15 @@ def check_new_words(words: Iterable[str], tokenizer: Any, whose: str = "") -> No
     for word in words:
         folded = fold(word, tokenizer)
         if not {word, folded, f"{word}</w>", f"{folded}</w>"}.isdisjoint(vocabulary):
-            form = "" if folded == word else f" as {folded!r}"
+            form = "" if folded == word else f", as {folded!r}"
             raise UserError(
                 f"the modifier token {word!r}{whose} is in the tokenizer's vocabulary already{form}; "
                 "take another, such as '<new1>'"
             )
         if folded in known:
             raise UserError(
-                f"the modifier token {word!r}{whose} and {known[folded]!r} are one to the tokenizer, which reads both "
-                f"as {folded!r}; take another, such as '<new2>'"
+                f"the modifier tokens {known[folded]!r} and {word!r}{whose} are the same word to the tokenizer, which "
+                f"reads both as {folded!r}; take another, such as '<new2>'"
             )
         known[folded] = word
 
@@ -71,9 +71,10 @@ def cut_off(text: str, tokenizer: Any) -> str:
     return text[encoded.offset_mapping[room][0] :].strip() if len(encoded.input_ids) > room else ""
 
 
-def limit_length(tokenizer: Any, text_encoder: Any) -> None:
-    """Let a tokenizer cut texts where the text encoder ends; some do not know, and would never cut."""
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+def limit_length(tokenizer: Any, text_config: Any) -> Any:
+    """Let a tokenizer cut texts at the length that the text encoder reads, where its own files say nothing or more."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    return tokenizer
 
 
 # --- adding --------------------------------------------------------------------------------------

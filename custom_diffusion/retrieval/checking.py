@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from custom_diffusion.images import load_image
+from custom_diffusion.images import load_image, open_image
 from custom_diffusion.retrieval.download import Refused
 
 # What the web serves as images. Pillow reads much more, some of it by running other programs.
@@ -49,7 +49,7 @@ def check_image(data: bytes, min_size: int, max_size: int, max_pixels: float) ->
         Refused: with the reason.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_known_formats()) as opened:
+        with open_image(data, _known_formats()) as opened:
             width, height = opened.size
             is_jpeg = opened.format in ("JPEG", "MPO")
         if width * height > max_pixels:

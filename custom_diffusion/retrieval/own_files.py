@@ -159,9 +159,7 @@ class HubDataset(Source):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
-                "--source dataset needs the package datasets: pip install -r requirements-datasets.txt"
-            ) from error
+            raise UserError('--source dataset needs the package datasets: pip install ".[datasets]"') from error
         self._datasets = datasets
 
     def describe(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -45,7 +47,7 @@ class CustomDiffusionAttnProcessor(nn.Module):
         if attention_mask is not None:
             raise NotImplementedError("Custom Diffusion trains without an attention mask")
         query_projection = self.to_q_custom_diffusion if self.train_q_out else attn.to_q
-        out_projection = self.to_out_custom_diffusion[0] if self.train_q_out else attn.to_out[0]
+        out_projection: Any = self.to_out_custom_diffusion[0] if self.train_q_out else attn.to_out[0]
         query = _project(query_projection, hidden_states)
         # The start-of-text token says nothing about the concept, and takes most of the attention: no gradient
         # from it (the authors' code).

@@ -1,37 +1,24 @@
-"""What keeps a run safe: its checkpoints, the settings that a folder belongs to, and signals that end it."""
+"""A run's checkpoints, and whose an output folder is."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.concept.files import WEIGHTS_STEM
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import remove_half_written, write_whole
+from custom_diffusion.files import remove_half_written
 from custom_diffusion.text import first_line
+from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 
 logger = logging.getLogger("custom_diffusion")
 
-SETTINGS_NAME = "training_settings.json"
+# What resuming needs of a checkpoint: optimizer, schedule, random states, settings.
+STATE_NAME = "training_state"
 
-
-# What runs did that were made before there were these flags: they can still be gone on with.
-BEFORE_THE_FLAG = {"padding_mode": "constant", "cutmix_probability": 0.0}
-
-
-# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
-FREE_ON_RESUME = {
-    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
-    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
-    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
-    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
-}  # fmt: skip
+RESUME_ADVICE = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -58,31 +45,47 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
-    """The checkpoint to go on from, or None to start afresh.
+def find_checkpoint(output_dir: Path, name: str | None, max_train_steps: int | None = None) -> Path | None:
+    """The checkpoint to continue from, or None to start afresh.
 
     Args:
         output_dir: the run's folder.
         name: a checkpoint in it, or ``latest``, or None.
+        max_train_steps: how far the run goes, where that is known.
 
     Raises:
-        UserError: for a named checkpoint that is not there.
+        UserError: for a named checkpoint that is not there, and one that is beyond the end of the run.
     """
     if name is None:
         return None
     present = list_checkpoints(output_dir)
-    if name == "latest":
-        if not present:
-            logger.info(
-                f"--resume_from_checkpoint latest: no checkpoint is in {str(output_dir)!r}, so training starts afresh"
-            )
-        return present[-1] if present else None
-    wanted = Path(name).name
+    if name == "latest" and not present:
+        logger.info(
+            f"--resume_from_checkpoint latest: no checkpoint is in {str(output_dir)!r}, so training starts afresh"
+        )
+        return None
+    wanted = present[-1].name if name == "latest" else Path(name).name
     for path in present:
         if path.name == wanted:
+            if max_train_steps is not None:
+                check_is_within(path, max_train_steps)
             return path
     there = ", ".join(path.name for path in present) or "none"
     raise UserError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
+
+
+def check_is_within(checkpoint: Path, total_steps: int) -> None:
+    """Make sure that a checkpoint is not beyond the end of the run that continues it.
+
+    Raises:
+        UserError: where it is; the other checkpoints are named.
+    """
+    if checkpoint_step(checkpoint) > total_steps:
+        others = [path.name for path in list_checkpoints(checkpoint.parent) if checkpoint_step(path) <= total_steps]
+        raise UserError(
+            f"{str(checkpoint)!r} is of step {checkpoint_step(checkpoint)}, and the run is to end at {total_steps}: "
+            "give a larger --max_train_steps" + (f", or resume from {' or '.join(others)}" if others else "")
+        )
 
 
 def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
@@ -115,9 +118,19 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> str:
-    """Words about what can be gone on from."""
+    """Words about what a run can continue from."""
     present = list_checkpoints(output_dir)
     return f"the last good checkpoint is {str(present[-1])!r}" if present else "there is no checkpoint yet"
+
+
+def way_on(output_dir: Path) -> str:
+    """Words about how to continue a run that was ended at once."""
+    advice = (
+        "continue with --resume_from_checkpoint=latest"
+        if list_checkpoints(output_dir)
+        else "run the same command again"
+    )
+    return f"{last_checkpoint(output_dir)}: {advice}"
 
 
 def cannot_write(path: Path, error: Exception, output_dir: Path) -> UserError:
@@ -128,74 +141,25 @@ def cannot_write(path: Path, error: Exception, output_dir: Path) -> UserError:
     )
 
 
-def describe_settings(
-    args: argparse.Namespace,
-    instance_images: Sequence[tuple[Path, str]],
-    concepts: Sequence[ConceptEntry],
-    num_processes: int,
-) -> dict[str, Any]:
-    """All that decides what a run learns, for comparison with another run.
-
-    Args:
-        instance_images: the instance images with their prompts.
-        concepts: with prior preservation, each with ``class_prompt``.
-    """
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
-    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in instance_images]
-    if args.with_prior_preservation:
-        settings["class_prompts"] = [concept.class_prompt for concept in concepts]
-    return settings
-
-
-def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
-    """Compare with the settings that another run has left in a file, if it has.
-
-    Raises:
-        UserError: where they differ, with every difference.
-    """
-    if not path.is_file():
-        return
-    try:
-        others = json.loads(path.read_text())
-        names = sorted(settings.keys() | others.keys())
-        others = BEFORE_THE_FLAG | others
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} is damaged: {advice}") from error
-    different = [
-        f"{name} {_short(others.get(name))} -> {_short(settings.get(name))}"
-        for name in names
-        if others.get(name) != settings.get(name)
-    ]
-    if different:
-        raise UserError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def has_result(folder: Path) -> bool:
+    """Whether a folder holds something that a run has learned."""
+    return bool(list_checkpoints(folder)) or any(folder.glob(f"{WEIGHTS_STEM}.*"))
 
 
 def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:
     """Make sure that the output folder holds this run or none, and leave the settings in it.
 
+    A run that has come to no result leaves the folder to the next one.
+
     Raises:
         UserError: where another run is there, or was checkpointed; nothing of it is touched then.
     """
     if checkpoint is not None:
-        advice = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
-        check_settings(settings, checkpoint / "training_state" / SETTINGS_NAME, advice)
+        check_settings(settings, checkpoint / STATE_NAME / SETTINGS_NAME, RESUME_ADVICE)
     elif overwrite:
         for path in list_checkpoints(folder):
             remove_checkpoint(path)
-    else:
+    elif has_result(folder):
         advice = "give another --output_dir, or --overwrite"
         check_settings(settings, folder / SETTINGS_NAME, advice)
     write_settings(settings, folder)
-
-
-def write_settings(settings: dict[str, Any], folder: Path) -> None:
-    """Leave the settings where a later run looks for them."""
-    content = json.dumps(settings, indent=2).encode()
-    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 
 class _Convolution(torch.autograd.Function):
@@ -34,7 +35,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *(None,) * 6
+        return conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *(None,) * 6
 
 
 class _Gate(torch.autograd.Function):
@@ -73,6 +74,7 @@ class FrozenConv2d(nn.Conv2d):
     def _product(self, x: Tensor) -> Tensor:
         """The convolution as a product of the weights with the patches; autograd keeps neither input nor patches."""
         # In fp32 there and back: overlapping patches' gradients are added up, which bf16 would round at each.
+        assert not isinstance(self.padding, str)
         patches = F.unfold(x.float(), self.kernel_size, self.dilation, self.padding, self.stride).to(x.dtype)
         weight, patches = self.weight.flatten(1), patches.transpose(0, 1).flatten(1)
         products = weight @ patches if self.bias is None else torch.addmm(self.bias[:, None], weight, patches)
@@ -103,7 +105,7 @@ class FrozenGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.GroupNorm`."""
-        normalized = super().forward(x)
+        normalized: Any = super().forward(x)
         normalized.recompute = partial(super().forward, x)
         return normalized
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from custom_diffusion.concept.files import Concept
 from custom_diffusion.errors import UserError
@@ -16,7 +17,7 @@ from custom_diffusion.machine import release_pages
 from custom_diffusion.models.families import Conditioning, Family
 from custom_diffusion.training.attention import CustomDiffusionAttnProcessor
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
-from custom_diffusion.training.tokens import ModifierTokens
+from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTokens
 
 
 def custom_diffusion_loss(
@@ -66,7 +67,7 @@ class CustomDiffusion(nn.Module):
     def __init__(
         self,
         family: Family,
-        text_encoders: Mapping[str, nn.Module],
+        text_encoders: Mapping[str, PreTrainedModel],
         unet: UNet2DConditionModel,
         noise_scheduler: DDPMScheduler,
         modifier_tokens: ModifierTokens,
@@ -77,7 +78,7 @@ class CustomDiffusion(nn.Module):
         self.noise_scheduler = noise_scheduler
         self.modifier_tokens = modifier_tokens
         self.prior_loss_weight = prior_loss_weight
-        self.text_encoders = nn.ModuleDict(text_encoders)
+        self.text_encoders = nn.ModuleDict(dict(text_encoders))
         self.unet = unet
         keep_less(unet)
         self.unet_forward: Callable[..., Any] = unet.forward
@@ -113,8 +114,8 @@ class CustomDiffusion(nn.Module):
         if self.modifier_tokens.tokens:
             for text_encoder in self.text_encoders.values():
                 # transformers renames it; the older versions that we support know only the older name.
-                enable = getattr(text_encoder, "activation_checkpointing_enable", None)
-                (enable or text_encoder.gradient_checkpointing_enable)()
+                name = "activation_checkpointing_enable"
+                getattr(text_encoder, name if hasattr(text_encoder, name) else "gradient_checkpointing_enable")()
 
     def compile_unet(self, **options: Any) -> None:
         """Let ``torch.compile`` (``options``) do the UNet's part; images are made with the UNet as it is."""
@@ -166,8 +167,8 @@ class CustomDiffusion(nn.Module):
         tokens: dict[str, dict[str, Tensor]] = {token: {} for token in self.modifier_tokens.tokens}
         if tokens:
             for name, text_encoder in self.text_encoders.items():
-                rows = text_encoder.get_input_embeddings().rows.weight.detach()
-                for token, row in zip(tokens, rows, strict=True):
+                embedding = next(part for part in text_encoder.modules() if isinstance(part, ModifierTokenEmbedding))
+                for token, row in zip(tokens, embedding.rows.weight.detach(), strict=True):
                     tokens[token][name] = row
         return Concept(attention, tokens, base_model)
 

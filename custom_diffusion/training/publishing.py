@@ -62,6 +62,11 @@ def create_hub_repository(name: str, token: str | None) -> str:
         raise UserError(f"--push_to_hub: the Hub does not let us make {name!r}: {reason}") from error
 
 
+def upload_command(repository: str, folder: str) -> str:
+    """The command that uploads a result by hand."""
+    return f"hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' --exclude {CONFIG_NAME}"
+
+
 def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: str, token: str | None) -> str:
     """Upload files in one commit; gives the address.
 
@@ -80,7 +85,6 @@ def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: s
     except Exception as error:
         reason = first_line(error)
         raise UserError(
-            f"the upload to {repository!r} failed ({reason}); the files are safe in {folder!r}, upload "
-            f"them with: hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' "
-            f"--exclude {CONFIG_NAME}"
+            f"the upload to {repository!r} failed ({reason}); the files are safe in {folder!r}, upload them with: "
+            f"{upload_command(repository, folder)}"
         ) from error

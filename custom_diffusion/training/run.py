@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,16 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    send_to_device,
+    set_seed,
+)
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -25,21 +35,43 @@ from transformers import CLIPTokenizer
 
 from custom_diffusion.command_line import CONFIG_NAME, save_config
 from custom_diffusion.concept.files import Concept, load_concept
+from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.data.dataset import CustomDiffusionDataset, collate_fn, position_batches
+from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import output_folder
 from custom_diffusion.machine import computes_bf16, return_freed_memory, use_all_cores
 from custom_diffusion.models.base_model import ModelConfiguration
-from custom_diffusion.training.checkpoints import checkpoint_step, claim_output_dir, list_checkpoints, remove_leftovers
+from custom_diffusion.text import first_line
+from custom_diffusion.training.checkpoints import (
+    RESUME_ADVICE,
+    STATE_NAME,
+    check_is_within,
+    checkpoint_step,
+    claim_output_dir,
+    list_checkpoints,
+    remove_leftovers,
+    way_on,
+)
+from custom_diffusion.training.environment import contradictions
+from custom_diffusion.training.lock import lock_folder
 from custom_diffusion.training.objective import CustomDiffusion
+from custom_diffusion.training.processes import PATIENCE, check_processes_agree
 from custom_diffusion.training.publishing import create_hub_repository, tracker_address
+from custom_diffusion.training.settings import (
+    SETTINGS_NAME,
+    check_settings,
+    describe_images,
+    digest_of_tensors,
+    read_settings,
+)
 from custom_diffusion.training.signals import leave_signals_to_the_run
 
 logger = logging.getLogger("custom_diffusion")
 
 LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
+DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that depend on the run's length
 
 
 @dataclass
@@ -74,29 +106,42 @@ class Run:
         """What was learned so far."""
         return self.module.learned(self.args.pretrained_model_name_or_path)
 
+    def way_on(self) -> str:
+        """Words about how to continue where a signal has ended the run at once."""
+        return way_on(Path(self.args.output_dir))
+
 
 # --- the machine ---------------------------------------------------------------------------------
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """An accelerator that logs to ``--report_to`` and leaves the choice of types to the model.
+    """An accelerator that does what the flags say, logs to ``--report_to`` and leaves the choice of types to the model.
 
     Raises:
-        UserError: where accelerate's own configuration asks for what this machine cannot do.
+        UserError: where the flags or accelerate's own configuration ask for what this machine cannot do.
     """
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Not the number alone, which an environment variable would replace.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
+            dynamo_backend="no",  # --torch_compile compiles the UNet alone
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            # So that the schedule counts optimizer steps, and not those of every process.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[
                 # The frozen weights are in the compute type already: autocast would only cast again at every step.
                 AutocastKwargs(enabled=False),
+                # All buffers are constants; those of text encoders that no step needs are not on the GPU.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-    except ValueError as error:
-        raise UserError(f"accelerate's configuration does not fit this machine: {error}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"accelerate cannot be set up on this machine: {first_line(error)}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision=fp16 needs a GPU, and this run is on a CPU: use bf16 or leave it out")
     # Checkpoints hold what is trained, and the training script writes that; the frozen gigabytes stay where they are.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -108,17 +153,26 @@ def compute_type(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def precision_name(mixed_precision: str) -> str:
+    """What to call a ``--mixed_precision``."""
+    return "fp32" if mixed_precision == "no" else mixed_precision
+
+
 def start(args: argparse.Namespace) -> Accelerator:
     """Take what the run needs of the machine, and clean up after a run in the same folder that was killed.
 
     Raises:
-        UserError: as :func:`build_accelerator` does.
+        UserError: as :func:`build_accelerator` does, and where another run is at work in the folder.
     """
     use_all_cores()
     accelerator = build_accelerator(args)
     quiet_libraries(accelerator)
-    if accelerator.is_main_process:
-        remove_leftovers(Path(args.output_dir))
+    for sentence in contradictions(args):
+        logger.warning(sentence)
+    folder = Path(args.output_dir)
+    if accelerator.is_main_process and folder.is_dir():
+        lock_folder(folder)
+        remove_leftovers(folder)
     accelerator.wait_for_everyone()
     # device_specific: a process's own random state is its own, though samples and noise do not depend on it.
     set_seed(args.seed, device_specific=True)
@@ -136,6 +190,8 @@ def quiet_libraries(accelerator: Accelerator) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # diffusers still passes it to the Hub
+    # accelerate knows no other name for it yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     for library in (transformers, diffusers):
         if accelerator.is_local_main_process:
             library.utils.logging.set_verbosity_warning()
@@ -150,14 +206,18 @@ def open_output_dir(
     """Make the output folder this run's, and start all that records it: configuration, trackers and the Hub.
 
     Raises:
-        UserError: where the folder cannot be written to or holds another run, or the Hub refuses.
+        UserError: where the folder cannot be written to or holds another run, or a tracker or the Hub refuses.
     """
     output_folder(args.output_dir)
     if not accelerator.is_main_process:
         return
+    lock_folder(Path(args.output_dir))
     claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite)
     save_config(args, Path(args.output_dir, CONFIG_NAME))
-    accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+    try:
+        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+    except Exception as error:  # each tracker raises its own
+        raise UserError(f"--report_to={args.report_to}: {first_line(error)}") from error
     for tracker in accelerator.trackers:
         logger.info(f"follow this run: {tracker_address(tracker)}")
     if args.push_to_hub:
@@ -171,11 +231,47 @@ def open_output_dir(
 def plan_steps(
     args: argparse.Namespace, dataset: CustomDiffusionDataset, checkpoint: Path | None, num_processes: int
 ) -> range:
-    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes."""
+    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes.
+
+    Raises:
+        UserError: where the checkpoint is beyond their end.
+    """
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return range(0 if checkpoint is None else checkpoint_step(checkpoint), total)
+    if checkpoint is None:
+        return range(total)
+    check_is_within(checkpoint, total)
+    return range(checkpoint_step(checkpoint), total)
+
+
+def check_inputs(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    class_images: Sequence[tuple[Path, str]],
+    steps: range,
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+) -> None:
+    """Complete the settings, and compare them between the processes and with those of the checkpoint.
+
+    Raises:
+        UserError: where processes see other inputs than the main one, or the checkpoint was made of others.
+    """
+    if class_images:
+        settings.setdefault("class_images", describe_images(class_images))
+    settings["total_steps"] = steps.stop
+    check_processes_agree(settings, None if checkpoint is None else checkpoint.name, accelerator)
+    if checkpoint is None:
+        return
+    path = checkpoint / STATE_NAME / SETTINGS_NAME
+    check_settings(settings, path, RESUME_ADVICE)
+    earlier = read_settings(path).get("total_steps", steps.stop)
+    if earlier != steps.stop and args.lr_scheduler in DECAYING:
+        logger.warning(
+            f"--lr_scheduler={args.lr_scheduler} spans the whole run: up to step {steps.start} the learning rates were "
+            f"those of a run of {earlier} steps, and from there on they are those of one of {steps.stop}"
+        )
 
 
 def fit_to_machine(
@@ -202,8 +298,9 @@ def build_optimizer(
     if args.scale_lr:
         learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
         learning_rate *= 2.0 if args.with_prior_preservation else 1.0
+    optimizer_class: Callable[..., torch.optim.Optimizer]
     if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
+        optimizer_class = importlib.import_module("bitsandbytes.optim").AdamW8bit
     else:
         # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
         fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
@@ -217,16 +314,18 @@ def build_optimizer(
     )
 
 
-def build_schedule(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int, accelerator: Accelerator
-) -> Any:
-    """The schedule of the learning rate."""
+def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """The schedule of the learning rate, in optimizer steps."""
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps > total_steps:
+        logger.warning(
+            f"--lr_warmup_steps={args.lr_warmup_steps} is longer than the run of {total_steps} steps, which will not "
+            "reach its learning rate"
+        )
     return get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
-        # accelerate steps the schedule once per process.
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=total_steps * accelerator.num_processes,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=total_steps,
     )
 
 
@@ -317,7 +416,12 @@ def training_batches(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def resume(run: Run, path: Path | None) -> None:
-    """Continue from a checkpoint, where there is one."""
+    """Continue from a checkpoint, where there is one.
+
+    Raises:
+        UserError: where it was trained from other weights.
+    """
+    run.settings["starting_values"] = digest_of_tensors(run.module.trained().values())
     if path is None:
         present = list_checkpoints(Path(run.args.output_dir))
         if present and run.args.resume_from_checkpoint is None:
@@ -327,9 +431,19 @@ def resume(run: Run, path: Path | None) -> None:
                 "--resume_from_checkpoint=latest would go on"
             )
         return
+    state = path / STATE_NAME
+    check_settings(run.settings, state / SETTINGS_NAME, RESUME_ADVICE)
     run.module.restore(load_concept(path))
-    run.accelerator.load_state(str(path / "training_state"))
+    load_state(run, state)
     logger.info(f"resuming from {path}")
+
+
+def load_state(run: Run, state: Path) -> None:
+    """Give optimizer, schedule and random numbers the state that a checkpoint has kept."""
+    run.accelerator.load_state(str(state))
+    if "schedule_counts" not in read_settings(state / SETTINGS_NAME):
+        # A checkpoint of the time when each process counted the steps of all.
+        run.lr_scheduler.scheduler.last_epoch //= len(list(state.glob("random_states_*.pkl"))) or 1
 
 
 def announce(run: Run) -> None:
@@ -338,6 +452,6 @@ def announce(run: Run) -> None:
     logger.info(
         f"{len(run.dataset.instance_images)} instance images, {len(run.dataset.class_images)} class images; "
         f"{len(run.steps)} steps of {args.train_batch_size} x {run.accelerator.num_processes} processes "
-        f"x {args.gradient_accumulation_steps} accumulation; "
+        f"x {args.gradient_accumulation_steps} accumulation, in {precision_name(args.mixed_precision)}; "
         f"{sum(parameter.numel() for parameter in run.module.trained().values()):,} trained values"
     )

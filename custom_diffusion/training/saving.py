@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +20,19 @@ from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
 from custom_diffusion.files import is_hub_id, write_whole
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
-from custom_diffusion.training.checkpoints import cannot_write, put_checkpoint, write_settings
-from custom_diffusion.training.publishing import log_images, push_to_hub
-from custom_diffusion.training.run import Run, load_vae
+from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
+from custom_diffusion.training.publishing import log_images, push_to_hub, upload_command
+from custom_diffusion.training.run import Run, load_vae, precision_name
+from custom_diffusion.training.settings import write_settings
+from custom_diffusion.training.signals import StopSignal, during
 
 logger = logging.getLogger("custom_diffusion")
 
 # Flags that a model card shows.
 SHOWN_ON_CARD = (
     "freeze_model", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
-    "with_prior_preservation", "real_prior", "hflip", "noaug", "padding_mode", "cutmix_probability", "seed",
+    "mixed_precision", "with_prior_preservation", "real_prior", "hflip", "noaug", "padding_mode", "cutmix_probability",
+    "seed",
 )  # fmt: skip
 
 
@@ -45,7 +49,19 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     args, accelerator = run.args, run.accelerator
     if args.validation_prompt is None or args.num_validation_images == 0 or not accelerator.is_main_process:
         return []
-    module = run.module
+    images = draw_images(run, step)
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
+    for tracker in accelerator.trackers:
+        log_images(tracker, images, args.validation_prompt, phase, step)
+    return images
+
+
+def draw_images(run: Run, step: int) -> list[Image.Image]:
+    """Images of ``--validation_prompt`` from the models in memory."""
+    args, accelerator, module = run.args, run.accelerator, run.module
     module.eval()
     # Where the images are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
     vae = run.latents.vae or load_vae(run.configuration, accelerator, local_files_only=True)
@@ -69,13 +85,6 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
     if "instance" in run.dataset.conditioning:
         module.text_encoders.to("cpu")
     return_freed_memory()
-
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    for number, image in enumerate(images):
-        write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
-    for tracker in accelerator.trackers:
-        log_images(tracker, images, args.validation_prompt, phase, step)
     return images
 
 
@@ -103,12 +112,11 @@ def save_checkpoint(run: Run, step: int) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             concept = run.learned()
             save_concept(concept, temporary, bin_too=False)
-            card = render_card(run, concept, step)
-            write_whole(temporary / CARD_NAME, lambda file: file.write(card))
+            write_card(temporary, render_card(run, concept, step))
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary / "training_state"))
+        accelerator.save_state(str(temporary / STATE_NAME))
         if accelerator.is_main_process:
-            write_settings(run.settings, temporary / "training_state")
+            write_settings(run.settings, temporary / STATE_NAME)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
         shutil.rmtree(temporary, ignore_errors=True)
         raise cannot_write(path, error, output_dir) from error
@@ -132,25 +140,49 @@ def save_result(run: Run) -> Result:
 
     Raises:
         UserError: where the weights cannot be written.
+        Interrupted: where a signal comes.
     """
     args, folder = run.args, Path(run.args.output_dir)
     concept = run.learned()
-    # Weights first: whatever happens to the images, what was learned is safe.
-    try:
-        files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
-    except (OSError, RuntimeError) as error:
-        raise cannot_write(folder, error, folder) from error
-    if args.no_safe_serialization:
-        # An earlier run's safetensors would be preferred to what this one has just written.
-        for name in files:
-            (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
+    # Weights first: whatever happens to the images, what was learned is safe, and the card says what it belongs to.
+    with during("the saving of the result", run.way_on):
+        try:
+            files = save_concept(concept, folder, safetensors_too=not args.no_safe_serialization)
+        except (OSError, RuntimeError) as error:
+            raise cannot_write(folder, error, folder) from error
+        if args.no_safe_serialization:
+            # An earlier run's safetensors would be preferred to what this one has just written.
+            for name in files:
+                (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
+        write_card(folder, render_card(run, concept, run.steps.stop))
     images = []
-    for number, image in enumerate(validate(run, run.steps.stop, "test")):
-        images.append(f"image_{number}.png")
-        write_image(folder / images[-1], image, "PNG")
-    card = render_card(run, concept, run.steps.stop, images)
-    write_whole(folder / CARD_NAME, lambda file: file.write(card))
+    with during("the final images", lambda: f"the result is complete without them. {what_next(run)}"):
+        for number, image in enumerate(validate(run, run.steps.stop, "test")):
+            images.append(f"image_{number}.png")
+            write_image(folder / images[-1], image, "PNG")
+        write_card(folder, render_card(run, concept, run.steps.stop, images))
     return Result(concept, [*files, *images, CARD_NAME], images)
+
+
+def write_card(folder: Path, card: bytes) -> None:
+    """Write a model card into a concept's folder."""
+    write_whole(folder / CARD_NAME, lambda file: file.write(card))
+
+
+def what_next(run: Run) -> str:
+    """The commands with which one sees the result, and uploads it where that was asked for."""
+    args = run.args
+    upload = f"; upload it with: {upload_command(args.hub_model_id, args.output_dir)}" if args.push_to_hub else ""
+    return f"See your concept with: {infer_command(run)}{upload}"
+
+
+def infer_command(run: Run) -> str:
+    """The command that shows what was learned."""
+    args = run.args
+    command = ["python", "infer.py", "--prompt", args.validation_prompt or run.concepts[0].instance_prompt]
+    if args.output_dir != DEFAULT_MODEL:
+        command += ["--model_dir", args.output_dir]
+    return shlex.join(command)
 
 
 def publish(run: Run, result: Result) -> str:
@@ -166,31 +198,39 @@ def publish(run: Run, result: Result) -> str:
         logger.warning("the base model is a local folder: the card on the Hub will not name it")
         concept = replace(result.concept, base_model=None)
         contents[CARD_NAME] = render_card(run, concept, run.steps.stop, result.images)
-    return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
+    advice = partial(upload_command, args.hub_model_id, args.output_dir)
+    with during("the upload", lambda: f"the files are safe in {args.output_dir!r}, upload them with: {advice()}"):
+        return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
 
 
 def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], address: str | None) -> None:
     """What a user wants to know at the end, and what to type next."""
     args = run.args
-    prompt = args.validation_prompt or run.concepts[0].instance_prompt
-    command = ["python", "infer.py", "--prompt", prompt]
-    if args.output_dir != DEFAULT_MODEL:
-        command += ["--model_dir", args.output_dir]
-    print(f"\n{run.steps.stop} steps, {seconds_per_step:.2f} s each, at most {peak_memory()}.")
+    precision = precision_name(args.mixed_precision)
+    print(f"\n{run.steps.stop} steps in {precision}, {seconds_per_step:.2f} s each, at most {peak_memory()}.")
     print(f"In {args.output_dir}: {', '.join(names)}" + (f", and on {address}" if address else ""))
-    print(f"See your concept:\n  {shlex.join(command)}")
+    print(f"See your concept:\n  {infer_command(run)}")
 
 
 def finish(run: Run, seconds_per_step: float) -> None:
-    """Save what was learned, publish it where that is asked for, and say where everything is."""
+    """Save what was learned, publish it where that is asked for, and say where everything is.
+
+    Raises:
+        UserError: where something cannot be written or uploaded.
+        Interrupted: where a signal comes, with what was going on and the way on.
+    """
     accelerator = run.accelerator
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        result = save_result(run)
-        address = publish(run, result) if run.args.push_to_hub else None
-        print_summary(run, seconds_per_step, result.files, address)
-    accelerator.wait_for_everyone()
-    # Freed in this order, two processes end cleanly even on a busy machine.
-    accelerator.end_training()
-    run.model = run.optimizer = run.lr_scheduler = None
-    accelerator.free_memory()
+    safe = f"the result is complete in {run.args.output_dir!r}"
+    with StopSignal(accelerator, at_once=True):
+        with during("the wait for the other processes", run.way_on):
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            result = save_result(run)
+            address = publish(run, result) if run.args.push_to_hub else None
+            print_summary(run, seconds_per_step, result.files, address)
+        with during("the end of the run", lambda: safe):
+            accelerator.wait_for_everyone()
+            # Freed in this order, two processes end cleanly even on a busy machine.
+            accelerator.end_training()
+            del run.model, run.optimizer, run.lr_scheduler
+            accelerator.free_memory()

@@ -6,14 +6,12 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from custom_diffusion.concept.files import check_token_name
-from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.vocabulary import add_words, check_new_words
 
@@ -35,11 +33,11 @@ class ModifierTokens:
     initializer_ids: dict[str, list[int]]
 
 
-def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[ConceptEntry]) -> tuple[list[str], list[str]]:
+def parse_modifier_tokens(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Modifier and initializer tokens of the command line, checked as far as that goes without a tokenizer.
 
     Raises:
-        UserError: for names that cannot be used, too few initializers, or a token that no prompt has.
+        UserError: for names that cannot be used, or too few initializers.
     """
     if args.modifier_token is None:
         return [], []
@@ -48,19 +46,11 @@ def parse_modifier_tokens(args: argparse.Namespace, concepts: Sequence[ConceptEn
         check_token_name(token)
         if tokens.count(token) > 1:
             raise UserError(f"--modifier_token has {token!r} twice")
-        if not any(token in concept.instance_prompt for concept in concepts):
-            prompts = ", ".join(repr(concept.instance_prompt) for concept in concepts)
-            raise UserError(
-                f"the modifier token {token!r} is in no instance prompt ({prompts}), so it would learn nothing"
-            )
     if len(initializers) < len(tokens):
         raise UserError(
             f"--initializer_token has {len(initializers)} entries for {len(tokens)} modifier tokens: "
             "give one for each, joined with '+'"
         )
-    for concept in concepts:
-        if not any(token in concept.instance_prompt for token in tokens):
-            logger.warning(f"the instance prompt {concept.instance_prompt!r} has none of the modifier tokens")
     return tokens, initializers[: len(tokens)]
 
 
@@ -133,43 +123,12 @@ class ModifierTokenEmbedding(nn.Module):
         return torch.where(is_modifier.unsqueeze(-1), learned, known)
 
 
-def train_new_words(text_encoders: Mapping[str, nn.Module], modifier_tokens: ModifierTokens) -> None:
+def train_new_words(text_encoders: Mapping[str, PreTrainedModel], modifier_tokens: ModifierTokens) -> None:
     """Put trainable rows for the modifier tokens behind the embedding table of every text encoder."""
     if not modifier_tokens.tokens:
         return
     for name, text_encoder in text_encoders.items():
         table = text_encoder.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
         rows = table.weight.detach()[modifier_tokens.initializer_ids[name]].float().clone()
         text_encoder.set_input_embeddings(ModifierTokenEmbedding(table, modifier_tokens.ids[name][0], rows))
-
-
-def check_cutmix(
-    args: argparse.Namespace,
-    instance_images: Sequence[tuple[Path, str]],
-    tokenizers: Mapping[str, CLIPTokenizer],
-) -> None:
-    """With ``--cutmix_probability``, make sure that there are two concepts, and that their prompts fit into one.
-
-    Raises:
-        UserError: where all images are in one folder, or the words of the second concept could be cut off, which
-            would teach it to those of the first.
-    """
-    if not args.cutmix_probability:
-        return
-    longest: dict[Path, tuple[int, str]] = {}
-    for path, prompt in instance_images:
-        length = max(len(one(prompt, add_special_tokens=False).input_ids) for one in tokenizers.values())
-        longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
-    if len(longest) < 2:
-        raise UserError(
-            f"--cutmix_probability shows one concept beside another, and {args.concepts_list!r} has images in one "
-            "folder only: leave it out, or give each concept an instance_data_dir of its own"
-        )
-    (one, left), (other, right) = sorted(longest.values())[-2:]
-    most = min(tokenizer.model_max_length for tokenizer in tokenizers.values())
-    # With "next to" between them, and the start and end tokens.
-    if one + other + 4 > most:
-        raise UserError(
-            f"--cutmix_probability joins two prompts, and {left!r} and {right!r} together are too long for the "
-            f"{most} tokens of the text encoder: shorten them, or leave the flag out"
-        )

@@ -69,7 +69,7 @@ def render(svg: str, size: int = RENDERED_SIZE) -> np.ndarray | None:
     try:
         import resvg_py
     except ImportError as error:
-        raise RuntimeError("drawings are rendered by resvg: pip install -r requirements-base.txt") from error
+        raise RuntimeError('drawings are rendered by resvg: pip install ".[tools]"') from error
     # Drawn larger than needed, so that the second scaling, to the drawing's own bounds, loses nothing.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")

@@ -7,20 +7,23 @@ every stage runs for a few steps, which proves that it runs and leaves `base/` a
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.training.checkpoints import SETTINGS_NAME, check_settings, write_settings
+from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 from tools.base import train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
 from tools.base.progress import device
 from tools.base.score import generated, scores
 
+BASE = Path(__file__).resolve().parent.parent.parent / "base"
 # Steps of VAE, text encoder, UNet and decoder, and how many images each kind of pool holds.
 FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
@@ -75,7 +78,7 @@ def loss_curves(work: Path, file: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise RuntimeError("the loss curves are drawn by matplotlib: pip install -r requirements-base.txt") from error
+        raise RuntimeError('the loss curves are drawn by matplotlib: pip install ".[tools]"') from error
 
     # What was taken over from another model has no log.
     logs = {title: log for title, log in LOGS.items() if (work / log[0] / "log.jsonl").exists()}
@@ -89,8 +92,8 @@ def loss_curves(work: Path, file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
-def main() -> None:
-    """Run what is missing of all stages."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; raises SystemExit as argparse does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
@@ -101,31 +104,41 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet, as --mean needs them.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if sum(map(bool, (arguments.teacher, arguments.further, arguments.mean))) > 1:
         parser.error("--teacher is for a UNet with a new text encoder, --further and --mean for its own: give one")
     for model in (arguments.teacher, arguments.further, *(arguments.mean or ())):
         if model and not (model / "vae").is_dir():
             parser.error(f"{str(model)!r} is no folder of a model such as base/")
-    former = arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    budget, work = SHORT if arguments.short else FULL, arguments.work
+    return arguments
+
+
+def claim(work: Path, arguments: argparse.Namespace) -> None:
+    """Make the folder `work`, or take up the run with these `arguments` that it holds.
+
+    Raises:
+        UserError: where it holds another run, whose finished stages would be taken for those asked for now.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    # The finished stages of a run with other flags would be taken for those asked for now.
     flags = {name: str(value) for name, value in vars(arguments).items() if name not in ("work", "threads")}
     check_settings(flags, work / SETTINGS_NAME, "give another --work, or remove it")
     write_settings(flags, work)
-    known = frozenset(name for names in world.NOUNS.values() for name in names)
-    # The VAE alone learns from drawings of other things too.
-    icons = load_icons(work, only=known if arguments.short or former else None)
-    if former and not (work / "vae").exists():
+
+
+def take_over(former: Path, work: Path, with_text: bool) -> None:
+    """Start `work` with the VAE of the model `former`; `with_text`, with its text encoder and tokenizer too."""
+    if not (work / "vae").exists():
         # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
             shutil.copytree(former / "vae", work / "vae" / stage)
-    if (arguments.further or arguments.mean) and not (work / "text").exists():
+    if with_text and not (work / "text").exists():
         shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
         shutil.copytree(former / "text_encoder", work / "text" / "trained")
+
+
+def train_parts(work: Path, icons: dict[str, np.ndarray], former: Path | None, arguments: argparse.Namespace) -> None:
+    """Train what is missing in `work`; `former` is the model that it keeps parts of."""
+    budget = SHORT if arguments.short else FULL
     if not (work / "vae" / "first").exists():
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
@@ -134,12 +147,37 @@ def main() -> None:
         train_unet.mean_of(arguments.mean, work / "unet")
     if not (work / "unet" / "trained").exists():
         teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
-        start = former / "unet" if arguments.further else None
+        start = former / "unet" if former and arguments.further else None
         pool, steps = budget["pool"], budget["unet"] // (4 if former else 1)
         inputs = icons, work / "vae", work / "text"
         train_unet.train(*inputs, work / "unet", steps, pool=pool, teacher=teacher, start=start, seed=arguments.seed)
     if not (work / "vae" / "trained").exists():
         train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
+
+
+def install(work: Path) -> None:
+    """Put the model in `work` and what shows it into `base/`."""
+    for part in PARTS:
+        shutil.rmtree(BASE / part, ignore_errors=True)
+        shutil.copytree(work / "model" / part, BASE / part)
+    for file in filter(Path.exists, (work / "model/model_index.json", work / "samples.png", work / "losses.png")):
+        shutil.copy(file, BASE)
+
+
+def main() -> None:
+    """Run what is missing of all stages."""
+    arguments = parse_args()
+    former = arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work = arguments.work
+    claim(work, arguments)
+    known = frozenset(name for names in world.NOUNS.values() for name in names)
+    # The VAE alone learns from drawings of other things too.
+    icons = load_icons(work, only=known if arguments.short or former else None)
+    if former:
+        take_over(former, work, with_text=not arguments.teacher)
+    train_parts(work, icons, former, arguments)
     model = work / "model"
     assemble(work, model)
     sample_sheet(model, work / "samples.png")
@@ -147,12 +185,7 @@ def main() -> None:
     for name, value in scores(model, icons, each=1 if arguments.short else 16, seed=1000).items():
         print(name, value)
     if not arguments.short:
-        for part in PARTS:
-            shutil.rmtree(Path("base") / part, ignore_errors=True)
-            shutil.copytree(model / part, Path("base") / part)
-        shutil.copy(model / "model_index.json", "base/model_index.json")
-        for image in filter(Path.exists, (work / "samples.png", work / "losses.png")):
-            shutil.copy(image, Path("base"))
+        install(work)
     print(f"the model is in {model if arguments.short else 'base'}")
 
 

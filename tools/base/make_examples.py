@@ -1,6 +1,6 @@
 """The images of `examples/`: concepts that the base model has never seen, drawn from the held-out designs.
 
-`python -m base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
+`python -m tools.base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
 captions, as real class images for `retrieve.py --path`, `examples/captions.txt` with captions of all that it knows, for
 `merge.py --captions`, and into `tests/designs/` the drawings that learning is scored against.
 """

@@ -1,4 +1,4 @@
-"""How good the base model is, against fixed bars: `python -m base.score`.
+"""How good the base model is, against fixed bars: `python -m tools.base.score`.
 
 Every figure is printed beside its bar, and beside what real images get where the bar depends on them.
 """

@@ -98,6 +98,27 @@ class Pool(NamedTuple):
         """Images in a batch, which has as many latents whatever their shape."""
         return BATCH_SIZE * 8 // self.means.shape[-1]
 
+    def draw_ids(
+        self, chosen: np.ndarray, generator: np.random.Generator, vocabulary: int, named: bool, on: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (n, MAX_LENGTH) of the `chosen` captions as `caption_ids` gives them, and of those without other words.
+
+        `named`: designs are often called by their words.
+        """
+        drawn = [
+            caption_ids(self.captions[index], generator, vocabulary, row, self.names[index] if named else ())
+            for row, index in enumerate(chosen)
+        ]
+        ids, plain_ids = zip(*drawn, strict=True)
+        return torch.tensor(ids, device=on), torch.tensor(plain_ids, device=on)
+
+    def draw_latents(self, chosen: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of the `chosen` images, drawn from their posteriors, and noise for them; fp32 (n, 24, 8, 8 or 16)."""
+        rows = torch.from_numpy(chosen).to(self.means.device)
+        shape = (2, len(rows), *self.means.shape[1:])
+        noise, resample = torch.randn(shape, generator=generator).to(self.means.device)
+        return self.means[rows].float() + self.deviations[rows].float() * resample, noise
+
 
 class Denoising(torch.nn.Module):
     """The UNet's loss as one forward."""
@@ -211,6 +232,40 @@ def mean_of(models: Sequence[Path], folder: Path) -> None:
     DDIMScheduler.from_pretrained(first / "scheduler").save_pretrained(folder / "scheduler")
 
 
+def examples_of(phase: str, icons: dict[str, np.ndarray], pool: int, shift: int) -> list[list[world.Example]]:
+    """Of the `phase` "easy" or "wide": examples in squares and, for the wider world, in landscapes too.
+
+    Args:
+        pool: how many there are, about.
+        shift: added to the seeds.
+    """
+    # The easy world has fewer images that differ.
+    if phase == "easy":
+        return [world.examples(icons, pool // 3, 0.0, 5 + shift)]
+    return [
+        world.examples(icons, 2 * pool // 3, 0.6, 6 + shift),
+        world.examples(icons, pool // 4, 0.6, 7 + shift, landscape=True),
+    ]
+
+
+def first_unet(
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    icons: dict[str, np.ndarray],
+    pool: int,
+    teacher: Teacher | None,
+    start: Path | None,
+) -> UNet2DConditionModel:
+    """A new UNet where the text encoder is, with random weights, the `teacher`'s or those of the folder `start`."""
+    unet = new_unet(text_encoder.config.hidden_size).to(text_encoder.device, memory_format=torch.channels_last)
+    if teacher is not None:
+        some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
+        unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
+    if start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
+    return unet
+
+
 def train(
     icons: dict[str, np.ndarray],
     vae_folder: Path,
@@ -237,12 +292,7 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
     scheduler = new_scheduler()
-    unet = new_unet(text_encoder.config.hidden_size).to(on, memory_format=torch.channels_last)
-    if teacher is not None:
-        some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
-        unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
-    if start is not None:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
+    unet = first_unet(text_encoder, tokenizer, icons, pool, teacher, start)
     word_of = design_words(tokenizer, icons)
     objective = Denoising(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -251,28 +301,17 @@ def train(
     for step in training:
         if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
             phase = now
-            # The easy world has fewer images that differ.
-            count, wide, pool_seed = (pool // 3, 0.0, 5) if phase == "easy" else (2 * pool // 3, 0.6, 6)
-            made = [world.examples(icons, count, wide, pool_seed + shift)]
-            if phase == "wide":
-                made.append(world.examples(icons, pool // 4, wide, 7 + shift, landscape=True))
-            pools = [Pool.of(examples, tokenizer, word_of, vae) for examples in made]
+            pools = [Pool.of(made, tokenizer, word_of, vae) for made in examples_of(phase, icons, pool, shift)]
         taught = teacher is not None and step < TAUGHT_SHARE * steps
         # The teacher may know neither landscapes nor the designs' words.
         shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
         generator = np.random.default_rng((7 + shift, step))
         chosen = generator.integers(0, len(shown.captions), shown.batch_size)
-        drawn = [
-            caption_ids(shown.captions[index], generator, len(tokenizer), row, () if taught else shown.names[index])
-            for row, index in enumerate(chosen)
-        ]
-        ids, plain_ids = (torch.tensor(column, device=on) for column in zip(*drawn, strict=True))
+        ids, plain_ids = shown.draw_ids(chosen, generator, len(tokenizer), not taught, on)
         draw = torch.Generator().manual_seed(step + shift)
         unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
-        rows = torch.from_numpy(chosen).to(on)
-        noise, resample = torch.randn((2, len(rows), *shown.means.shape[1:]), generator=draw).to(on)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), generator=draw).to(on)
-        latents = shown.means[rows].float() + shown.deviations[rows].float() * resample
+        latents, noise = shown.draw_latents(chosen, draw)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),), generator=draw).to(on)
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), autocast(on):
             features = encoded(text_encoder, ids, unknown).last_hidden_state

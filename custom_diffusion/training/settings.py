@@ -1,0 +1,154 @@
+"""All that decides what a run learns: described, kept beside what it has learned, and compared with another run's."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.errors import UserError
+from custom_diffusion.files import write_whole
+
+SETTINGS_NAME = "training_settings.json"
+
+# What runs did that were made before there were these flags: they can still be resumed.
+BEFORE_THE_FLAG = {"padding_mode": "constant", "cutmix_probability": 0.0}
+
+# What earlier runs have not written down; nothing is known of it then.
+NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values"}
+
+# What says how far a run goes, and how it counts.
+NOT_COMPARED = {"total_steps", "schedule_counts"}
+
+# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
+FREE_ON_RESUME = {
+    "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
+    "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
+    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
+    "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
+}  # fmt: skip
+
+
+def describe_settings(
+    args: argparse.Namespace,
+    instance_images: Sequence[tuple[Path, str]],
+    class_images: Sequence[tuple[Path, str]],
+    concepts: Sequence[ConceptEntry],
+    num_processes: int,
+) -> dict[str, Any]:
+    """All that decides what a run learns, as far as it is known before anything is made.
+
+    Args:
+        instance_images: the instance images with their prompts.
+        class_images: alike, as far as they are there already.
+        concepts: with prior preservation, each with ``class_prompt``.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    del settings["train_batch_size"], settings["gradient_accumulation_steps"]
+    settings["instance_pictures"] = [[path.name, prompt] for path, prompt in instance_images]
+    settings["instance_contents"] = [digest_of_file(path) for path, _ in instance_images]
+    if args.with_prior_preservation:
+        settings["class_prompts"] = [concept.class_prompt for concept in concepts]
+    if class_images:
+        settings["class_images"] = describe_images(class_images)
+    # Earlier runs counted the steps of all processes, each of them.
+    settings["schedule_counts"] = "optimizer steps"
+    return settings
+
+
+def describe_images(images: Sequence[tuple[Path, str]]) -> list[list[str]]:
+    """Name, caption and a digest of the file, of each image."""
+    return [[path.name, caption, digest_of_file(path)] for path, caption in images]
+
+
+def digest_of_file(path: Path) -> str:
+    """16 digits that another content would change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def digest_of_tensors(tensors: Iterable[Tensor]) -> str:
+    """16 digits that other values would change."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
+    """In what these settings differ from others: a phrase for each difference."""
+    found = []
+    others = {name: BEFORE_THE_FLAG[name] for name in BEFORE_THE_FLAG if name in settings} | others
+    for name in sorted((settings.keys() | others.keys()) - NOT_COMPARED):
+        mine: Any = settings.get(name)
+        other: Any = others.get(name)
+        if mine == other or (name in NOT_ALWAYS_KNOWN and None in (mine, other)):
+            continue
+        if name == "instance_contents":
+            names = [image[0] for image in settings["instance_pictures"]]
+            # With other names or prompts, those are the difference.
+            if settings["instance_pictures"] == others.get("instance_pictures"):
+                found.append(f"instance images with other contents: {_unequal(names, mine, other)}")
+        elif name == "class_images" and len(mine) == len(other):
+            names = [image[0] for image in mine]
+            found.append(f"class images with other names, captions or contents: {_unequal(names, mine, other)}")
+        elif name == "class_images":
+            found.append(f"{len(other)} class images -> {len(mine)}")
+        elif name == "starting_values":
+            found.append("another base model of the same name, whose weights are different")
+        else:
+            found.append(f"{name} {_short(other)} -> {_short(mine)}")
+    return found
+
+
+def _unequal(names: Sequence[str], mine: Sequence[Any], others: Sequence[Any]) -> str:
+    unequal = [name for name, one, other in zip(names, mine, others, strict=True) if one != other]
+    return ", ".join(unequal[:5]) + (f" and {len(unequal) - 5} more" if len(unequal) > 5 else "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_settings(path: Path, advice: str = "") -> dict[str, Any]:
+    """What :func:`write_settings` has left; nothing where there is no file.
+
+    Raises:
+        UserError: for a file that is damaged, with the advice.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{str(path)!r} is damaged: {advice}")
+    return settings
+
+
+def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
+    """Compare with the settings that another run has left in a file, if it has.
+
+    Raises:
+        UserError: where they differ, with every difference.
+    """
+    others = read_settings(path, advice)
+    different = differences(settings, others) if others else []
+    if different:
+        raise UserError(f"{str(path.parent)!r} is of a run with other settings ({'; '.join(different)}): {advice}")
+
+
+def write_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Leave the settings where a later run looks for them."""
+    content = json.dumps(settings, indent=2).encode()
+    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
