@@ -126,7 +126,7 @@ def embedding_names(tokens: Sequence[str], tokenizers: Collection[Any]) -> dict[
         plain = re.sub(r"[^\w-]|_", "-", token)
         name = re.sub(r"-+", "-", plain).strip("-") or f"word{number}"
         words = [f"{fold(part, tokenizer)}</w>" for tokenizer in tokenizers for part in name.split("-")]
-        if all(word in vocabulary for word in words):
+        if all(word in vocabulary for word in words) and not name.casefold().startswith("my-"):
             name = f"my-{name}"
         taken = set(map(str.casefold, names.values()))
         different = (name, *(f"{name}-{count}" for count in range(2, len(tokens) + 1)))
