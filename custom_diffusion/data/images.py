@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from custom_diffusion.data.captions import find_captions
+from custom_diffusion.data.class_lists import read_lists
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import readable_images
@@ -67,7 +68,8 @@ def find_class_images(
     for concept in concepts:
         folder = concept.class_folder
         if real_prior:
-            captions = dict(_retrieved_images(folder, _retrieve_command(concept, num_class_images)))
+            advice = f"get real class images with: {_retrieve_command(concept, num_class_images)}"
+            captions = dict(read_lists(folder, advice))
         else:
             captions = {path: concept.class_prompt for path in sorted(folder.iterdir()) if path.is_file()}
         good, bad, paths = [], [], list(captions)
@@ -92,29 +94,3 @@ def _retrieve_command(concept: ConceptEntry, num_class_images: int) -> str:
     return shlex.join(
         [*command, "--class_data_dir", concept.class_data_dir, "--num_class_images", str(num_class_images)]
     )
-
-
-def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
-    """Paths and captions as retrieve.py leaves them: line k of images.txt belongs to line k of caption.txt."""
-    lines = {}
-    for name in ("images.txt", "caption.txt"):
-        try:
-            # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = (folder / name).read_bytes().decode().removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
-    if len(lines["images.txt"]) != len(lines["caption.txt"]):
-        raise UserError(
-            f"in {str(folder)!r} images.txt has {len(lines['images.txt'])} lines and caption.txt has "
-            f"{len(lines['caption.txt'])}: captions would go to the wrong images; get them anew with: {command}"
-        )
-    pairs = zip(lines["images.txt"], lines["caption.txt"], strict=True)
-    return [
-        (_retrieved_path(folder, name.rstrip("\r")), caption.rstrip("\r")) for name, caption in pairs if name.strip()
-    ]
-
-
-def _retrieved_path(folder: Path, name: str) -> Path:
-    # images.txt holds paths as seen from where retrieve.py ran; a folder that was moved still has its images/.
-    path = Path(name)
-    return path if path.is_file() else folder / "images" / path.name
