@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import read_text, write_whole
+from custom_diffusion.files import read_text, write_bytes
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -125,7 +125,7 @@ def save_config(args: argparse.Namespace, path: Path) -> None:
     Raises:
         OSError: where it cannot be written.
     """
-    write_whole(path, lambda file: file.write(config_text(args)))
+    write_bytes(path, config_text(args))
 
 
 def whole_number(least: int) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import read_text, write_whole
+from custom_diffusion.files import read_text, write_bytes
 
 CAPTIONS, ORIGINS, IMAGES = "caption.txt", "urls.txt", "images.txt"
 LISTS = (CAPTIONS, ORIGINS, IMAGES)
@@ -56,7 +56,7 @@ def write_lists(folder: Path, entries: Sequence[tuple[Path, str, str]]) -> None:
         data = "".join(f"{line}\n" for line in content[name]).encode()
         path = folder / name
         if not path.is_file() or path.read_bytes() != data:
-            write_whole(path, lambda file, data=data: file.write(data))
+            write_bytes(path, data)
 
 
 def lines_of(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from custom_diffusion.retrieval.fingerprints import Fingerprint, SeenImages
 from custom_diffusion.retrieval.sources import Candidate
 from custom_diffusion.text import one_line
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows, where two runs in one folder are not kept apart

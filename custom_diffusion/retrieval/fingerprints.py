@@ -163,7 +163,7 @@ def _similar_bits(one: int, other: int, tolerance: float) -> bool:
 def _layers(small: bytes) -> tuple[Pixels, ...]:
     """A small version from blurred to sharp, each 64 x 64 x 3: brightness and two of colour."""
     with Image.open(io.BytesIO(small)) as opened:
-        pixels = np.asarray(opened.convert("YCbCr"), dtype=np.float32) * np.float32([1, _COLOUR, _COLOUR])
+        pixels = np.asarray(opened.convert("YCbCr"), dtype=np.float32) * np.array([1, _COLOUR, _COLOUR], np.float32)
     return tuple(_blurred(pixels, width) for width in (SIDE / 20, SIDE / 40, 0.8))
 
 
@@ -215,8 +215,7 @@ def _explaining(image: Pixels, rows: Any = None, columns: Any = None) -> Pixels:
 
 
 def _slopes(image: Pixels) -> tuple[Pixels, Pixels]:
-    down, across = np.gradient(image, axis=(0, 1))
-    return across, down
+    return np.gradient(image, axis=1), np.gradient(image, axis=0)
 
 
 def _best_crop(whole: Pixels, cropped: Pixels, crop: Any, least: float) -> Any:

@@ -121,7 +121,7 @@ def _guarded_pool(
             super().__init__(sock, *args, **kwargs)
             self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline, stopped))
 
-    class Connection(pool.ConnectionCls):  # type: ignore[misc, name-defined]  # the class is an attribute of the pool
+    class Connection(pool.ConnectionCls):  # type: ignore[name-defined]  # the class is an attribute of the pool
         response_class = Response
 
         def _new_conn(self) -> socket.socket:

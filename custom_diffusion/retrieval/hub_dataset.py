@@ -76,7 +76,7 @@ class HubDataset(Source):
             labels = (name for name, feature in features.items() if isinstance(feature, self._datasets.ClassLabel))
             caption = next(labels, None)
         known = f"{self.path!r} has the columns {', '.join(features)}"
-        if image not in features:
+        if image is None or image not in features:
             raise UserError(f"{known}, and no {image!r}: choose one with --image_column" if image else
                             f"{known}: name the one with images or their addresses with --image_column")  # fmt: skip
         if caption is None and needs_captions:

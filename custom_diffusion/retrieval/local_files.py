@@ -6,7 +6,7 @@ import json
 import os
 import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,7 @@ class LocalFiles(Source):
         linked.add(target)
         return True
 
-    def _of_tar(self, tar: _File, words: Sequence[str], nested: int = 0) -> Iterator[Candidate]:
+    def _of_tar(self, tar: _File, words: Sequence[str], nested: int = 0) -> Generator[Candidate, None, str | None]:
         """The candidates in a tar; gives what is wrong with the tar in the end."""
         with tar.open() as file, opened_tar(file, tar.name) as contents:
             files = _in_tar(contents, tar.origin())

@@ -178,5 +178,5 @@ def _search_rank(page: Any) -> int:
 
 
 def _known_small(entry: dict[str, Any], min_size: int) -> bool:
-    sides = [entry.get("width"), entry.get("height")]
-    return all(isinstance(side, int) and side > 0 for side in sides) and min(sides) < min_size
+    sides = [side for side in (entry.get("width"), entry.get("height")) if isinstance(side, int) and side > 0]
+    return len(sides) == 2 and min(sides) < min_size

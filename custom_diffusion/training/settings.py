@@ -13,7 +13,7 @@ from torch import Tensor
 
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import write_whole
+from custom_diffusion.files import write_bytes
 
 SETTINGS_NAME = "training_settings.json"
 
@@ -151,4 +151,4 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
 def write_settings(settings: dict[str, Any], folder: Path) -> None:
     """Leave the settings where a later run looks for them."""
     content = json.dumps(settings, indent=2).encode()
-    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
+    write_bytes(folder / SETTINGS_NAME, content)
