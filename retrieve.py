@@ -33,7 +33,7 @@ from custom_diffusion.retrieval.local_files import LocalFiles
 from custom_diffusion.retrieval.public import OPENVERSE_URL, WIKIMEDIA_URL, Openverse, WikimediaCommons
 from custom_diffusion.retrieval.sources import Several, Source
 
-# Pillow gives the memory of every image back to the system and takes it anew; keeping some of it is twice as fast.
+# Pillow gives the memory of every image back to the system and asks for it again; keeping some of it is twice as fast.
 os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 
 SOURCES = ("openverse", "wikimedia", "clip-retrieval", "local", "dataset")

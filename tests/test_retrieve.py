@@ -440,7 +440,7 @@ def test_interrupted_politely_it_leaves_lists_and_goes_on(web, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=20)[1]
-    assert process.returncode == 1 and "Traceback" not in errors and "goes on from there" in errors
+    assert process.returncode == 1 and "Traceback" not in errors and "continues from there" in errors
     found = len(lists(folder)[0])
     assert 5 <= found < 40
     assert not list(folder.glob("images/.*"))

@@ -32,7 +32,7 @@ class ClassFolder:
     """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
 
     ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
-    that goes on starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
+    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
     under a hidden name first, then its line, and then it gets its name: whenever a run is killed, the next one knows
     what to finish.
 

@@ -26,7 +26,7 @@ NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "sta
 # What says how far a run goes, and how it counts.
 NOT_COMPARED = {"total_steps", "schedule_counts"}
 
-# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
+# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to train.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
