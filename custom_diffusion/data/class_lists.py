@@ -68,7 +68,7 @@ def lines_of(text: str) -> list[str]:
 
 def without_blank_end(lists: Sequence[list[str]]) -> list[list[str]]:
     """Lists without the blank lines at their ends that only some of them have."""
-    length = min(map(len, lists))
+    length = min(map(len, lists), default=0)
     return [lines[:length] if not any(map(str.strip, lines[length:])) else lines for lines in lists]
 
 

@@ -34,7 +34,7 @@ _SHIFT = 0.2
 _DIFFERENT = 5.0
 
 # Colours may be off by this much on average, and contrast by this factor.
-_OFFSET = 2.0
+_OFFSET = 1.2
 _CONTRAST = (0.9, 1.1)
 
 # How much of a side may be cropped away, and what counts as nothing.
@@ -147,7 +147,7 @@ def difference(one: Fingerprint, other: Fingerprint) -> float:
     for layer, cropped in zip(first, second, strict=True):
         crop = _best_crop(layer, cropped, crop, -_NO_CROP)
     moved, target, _, _ = _laid_over(first[-1], second[-1], crop)
-    return _remaining(moved, target) / _DIFFERENT
+    return _remaining(moved, target)
 
 
 def _similar_bits(one: int, other: int, tolerance: float) -> bool:
@@ -265,15 +265,16 @@ def _between(places: Any) -> Pixels:
 
 
 def _remaining(moved: Pixels, target: Pixels) -> float:
-    """The largest difference of two images that lie over each other, in units of what is to be expected there."""
+    """How different two images are that lie over each other; see :func:`difference`."""
     offset = target.mean((0, 1)) - moved.mean((0, 1))
     moved, target = moved - moved.mean((0, 1)), target - target.mean((0, 1))
     contrast = np.clip((moved * target).sum() / max((moved**2).sum(), 1e-6), *_CONTRAST)
-    left = target - contrast * moved + np.sign(offset) * np.maximum(abs(offset) - _OFFSET, 0)
+    left = target - contrast * moved
     across, down = _slopes(moved)
     squares = np.stack([(left**2).sum(-1), (across**2 + down**2).sum(-1)], -1)
     left_squared, slope_squared = np.moveaxis(_blurred(squares, 1.0), -1, 0)
-    return float(np.sqrt((left_squared / (_NOISE**2 + _SHIFT**2 * slope_squared)).max()))
+    largest = float(np.sqrt((left_squared / (_NOISE**2 + _SHIFT**2 * slope_squared)).max()))
+    return max(largest / _DIFFERENT, float(abs(offset).max()) / _OFFSET)
 
 
 def _blurred(pixels: Pixels, width: float) -> Pixels:
