@@ -157,22 +157,8 @@ def redirect(to):
 GOOD = 24
 
 
-def serve_mixture(web):
-    """A clip-retrieval service whose reply mixes good entries with all that can be wrong."""
-    entries = []
-    for number in range(GOOD):
-        path = f"/good/{number}.jpg"
-        web.pages[path] = encoded(drawing(number), quality=90)
-        entries.append({"url": web.url + path, "caption": f"cat number {number}"})
-    web.pages["/good/3.jpg"] = encoded(drawing(3), "PNG")
-    web.pages["/good/4.jpg"] = encoded(drawing(4), "WEBP")
-    web.pages["/good/6.jpg"] = encoded(drawing(6).quantize(), "GIF")
-    entries[1]["caption"] = "cat\nnumber\r\n1"
-    entries[2]["caption"] = "cat\u2028number\u0085\x0b2\x00"
-    entries[5]["caption"] = "cat number 5 \ud800"
-    entries[7] = {"url": None, "caption": "cat number 7", "image": base64.b64encode(encoded(drawing(7))).decode()}
-    web.pages["/moved"] = redirect("/good/8.jpg")
-    entries[8]["url"] = web.url + "/moved"
+def serve_bad_entries(web):
+    """All that can be wrong with an entry of a reply."""
     bad = [
         {"url": f"{web.url}/gone.jpg", "caption": "cat"},
         {"url": f"http://127.0.0.1:{free_port()}/refused.jpg", "caption": "cat"},
@@ -215,6 +201,26 @@ def serve_mixture(web):
         "/to_file": redirect("file:///etc/hostname"),
         "/to_private": redirect("http://10.0.0.1/cat.jpg"),
     }
+    return bad
+
+
+def serve_mixture(web):
+    """A clip-retrieval service whose reply mixes good entries with all that can be wrong."""
+    entries = []
+    for number in range(GOOD):
+        path = f"/good/{number}.jpg"
+        web.pages[path] = encoded(drawing(number), quality=90)
+        entries.append({"url": web.url + path, "caption": f"cat number {number}"})
+    web.pages["/good/3.jpg"] = encoded(drawing(3), "PNG")
+    web.pages["/good/4.jpg"] = encoded(drawing(4), "WEBP")
+    web.pages["/good/6.jpg"] = encoded(drawing(6).quantize(), "GIF")
+    entries[1]["caption"] = "cat\nnumber\r\n1"
+    entries[2]["caption"] = "cat\u2028number\u0085\x0b2\x00"
+    entries[5]["caption"] = "cat number 5 \ud800"
+    entries[7] = {"url": None, "caption": "cat number 7", "image": base64.b64encode(encoded(drawing(7))).decode()}
+    web.pages["/moved"] = redirect("/good/8.jpg")
+    entries[8]["url"] = web.url + "/moved"
+    bad = serve_bad_entries(web)
     random.Random(0).shuffle(bad)
     for place, entry in enumerate(bad):
         entries.insert(min(2 * place + 1, len(entries)), entry)
