@@ -11,7 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # are bit-equal for an equal number of threads only.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
-    _each = len(_cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    _first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) * _each
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _each = len(_cores) // _workers
+    # A worker that replaces one that has crashed has a number of its own.
+    _first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % _workers * _each
     if _each:
         os.sched_setaffinity(0, _cores[_first : _first + _each])
