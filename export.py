@@ -43,6 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, help="The same rank for every layer, instead of --energy.")
     add("--dtype", choices=["fp16", "fp32"],
         help="Type of the numbers; if not given, fp16 for a LoRA and fp32 for a pipeline. A delta keeps its own.")
+    add("--token_name", nargs="+", metavar="NAME",
+        help="Other names for the concept's tokens, in their order, such as '<my-cat>'; the prompt needs them then.")
     add("--output_dir", help="Must be new or empty; a LoRA gets its name. If not given, the concept's name and the "
         "format: custom-diffusion-model-lora.")
     add_base_model_flags(parser, "the one that the concept's card names")
@@ -76,7 +78,7 @@ import transformers
 from torch import Tensor
 
 from custom_diffusion.concept.compression import decompose, energy_table
-from custom_diffusion.concept.exporting import export_delta, export_lora, export_pipeline
+from custom_diffusion.concept.exporting import export_delta, export_lora, export_pipeline, rename_tokens
 from custom_diffusion.concept.files import find_base_model, load_concept
 from custom_diffusion.concept.projections import complete, original_projections
 from custom_diffusion.errors import UserError
@@ -92,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     originals: dict[str, Tensor] = {}
     base_model = None
     if args.format != "delta" or compressed or concept.differences:
-        base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, [concept])
+        base_model = find_base_model(
+            args.pretrained_model_name_or_path, args.revision, args.variant, [concept], args.tokenizer_name
+        )
     if base_model is not None and args.format != "pipeline":
         originals = original_projections(base_model, [*concept.attention, *concept.differences])
         concept = complete(concept, originals)
@@ -101,11 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.table:
         print(energy_table(decompose(concept, originals)))
         return
+    if args.token_name is not None:
+        concept = rename_tokens(concept, args.token_name, base_model)
     with new_folder(args.output_dir) as folder:
-        if args.format == "lora":
-            export_lora(concept, originals, args, folder)
-        elif args.format == "delta":
+        if args.format == "delta":
             export_delta(concept, originals, args, folder)
+        elif args.format == "lora" and base_model is not None:
+            export_lora(concept, base_model, originals, args, folder)
         elif base_model is not None:
             export_pipeline(concept, base_model, args, folder)
         save_config(args, folder / CONFIG_NAME)

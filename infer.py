@@ -49,6 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="Width in pixels; if not given, the base model's.")
     add("--negative_prompt", help="What should not be in the images.")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
+    add("--no_safety_checker", action="store_true",
+        help="Leave out the base model's safety checker, if it has one; read its licence first.")
     add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU and fp32 on a CPU.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
@@ -88,14 +90,7 @@ import sys
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
@@ -104,15 +99,11 @@ from custom_diffusion.concept.files import Concept, find_base_model, load_concep
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import output_folder
 from custom_diffusion.images import contact_sheet, write_image
+from custom_diffusion.models.families import family_of, text_models_of
+from custom_diffusion.models.samplers import load_sampler
+from custom_diffusion.models.vocabulary import cut_off, names_word
 from custom_diffusion.text import first_line
 
-_SCHEDULER_CLASSES = {
-    "ddim": DDIMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -122,12 +113,16 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     Raises:
         UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
-    base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
+    base_model = find_base_model(
+        args.pretrained_model_name_or_path, args.revision, args.variant, concepts, args.tokenizer_name
+    )
     device = args.device or _best_device()
     dtype = _TYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
-    pipeline = base_model.pipeline(dtype)
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if args.no_safety_checker else {}
+    # Without its own scheduler, whose class may need packages that nobody has.
+    pipeline = base_model.pipeline(dtype, scheduler=None, **unchecked)
+    pipeline.scheduler = load_sampler(args.scheduler, base_model)
     apply_concepts(pipeline, *concepts, scale=args.scale)
-    pipeline.scheduler = _SCHEDULER_CLASSES[args.scheduler].from_config(pipeline.scheduler.config)
     try:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -140,12 +135,34 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def warn_of_missing_tokens(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Say which prompts do not name a concept: the commonest reason for images that do not show it."""
-    tokens = [token for concept in concepts for token in concept.tokens]
+def warn_of_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], negative_prompt: str | None, tokens: Sequence[str]
+) -> None:
+    """Say which prompts do not name a concept, and which are too long: the commonest reasons for images without it.
+
+    Args:
+        tokens: the concepts' tokens, which are in the pipeline's tokenizers.
+    """
+    tokenizers, _ = text_models_of(family_of(pipeline.components, "the base model"), pipeline)
+    tokenizer = next(iter(tokenizers.values()))  # all of a family's read the same words, and as many
     for prompt in prompts:
-        if tokens and not any(token in prompt for token in tokens):
-            print(f"warning: {prompt!r} has none of the learned tokens ({', '.join(tokens)})", file=sys.stderr)
+        named = [token for token in tokens if names_word(prompt, token, tokenizer)]
+        lost = [token for token in named if not names_word(prompt, token, tokenizer, cut=True)]
+        if tokens and not named:
+            _warn(f"{prompt!r} has none of the learned tokens ({', '.join(tokens)})")
+        if lost:
+            _warn(
+                f"{prompt!r} names {', '.join(lost)} behind the {tokenizer.model_max_length} tokens that the text "
+                "encoder reads, so the image will not show it: shorten the prompt"
+            )
+        elif rest := cut_off(prompt, tokenizer):
+            _warn(f"{prompt!r} is too long for the text encoder, which does not read its end: {rest!r}")
+    if rest := cut_off(negative_prompt or "", tokenizer):
+        _warn(f"--negative_prompt is too long for the text encoder, which does not read its end: {rest!r}")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
@@ -172,7 +189,7 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
             prompts = [args.prompt[row] for row, _ in batch]
-            images = pipeline(
+            output = pipeline(
                 prompts,
                 negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
                 num_inference_steps=args.num_inference_steps,
@@ -182,11 +199,18 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
                 width=width,
                 # A generator of its own for every image, on the CPU: the same image in any batch, on any device.
                 generator=[torch.Generator().manual_seed(args.seed + number) for _, number in batch],
-            ).images
-            for offset, ((row, number), image) in enumerate(zip(batch, images, strict=True)):
+            )
+            flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
+            for offset, ((row, number), image) in enumerate(zip(batch, output.images, strict=True)):
                 name = f"{first + start + offset:05d}_{_slug(args.prompt[row])}_seed{args.seed + number}.png"
                 save_image(folder / name, image, args, args.prompt[row], args.seed + number)
                 paths[row].append(folder / name)
+                if flagged[offset]:
+                    tqdm.write(
+                        f"warning: {folder / name} is black: the base model's safety checker holds it for unsafe, "
+                        "perhaps wrongly; try another --seed, or --no_safety_checker where the model's licence allows",
+                        file=sys.stderr,
+                    )
             progress.update(len(batch))
     return paths
 
@@ -215,10 +239,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # of long prompts and black images we warn in a line each
     concepts = [load_concept(source) for source in args.model_dir]
-    warn_of_missing_tokens(args.prompt, concepts)
     folder = output_folder(args.output_dir)
     pipeline = load_pipeline(args, concepts)
+    warn_of_prompts(pipeline, args.prompt, args.negative_prompt, [token for one in concepts for token in one.tokens])
     # Numbered like the first image: a folder may hold the images of several runs.
     save_config(args, folder / f"{_first_free_number(folder):05d}_config.yaml")
     paths = generate(pipeline, args)

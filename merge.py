@@ -66,7 +66,6 @@ if __name__ == "__main__":
     import_diffusers()
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -91,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     concepts = [load_concept(source) for source in args.model_dir]
     parts = prepare_parts(concepts, args.class_words)
     captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
-    base_model = find_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, concepts)
+    base_model = find_base_model(
+        args.pretrained_model_name_or_path, args.revision, args.variant, concepts, args.tokenizer_name
+    )
     with new_folder(args.output_dir) as folder:
         merged, outcome = merge_into(folder, args, parts, captions, base_model)
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
@@ -112,7 +113,7 @@ def merge_into(
         merged, settings, outcome = merge_exactly(parts, originals, text_models, captions)
     else:
         merged, settings, outcome = weigh(parts, originals, text_models, captions, args.prior_weight)
-    merged = replace(merged, base_model=base_model.name)
+    merged = merged.trained_on(base_model)
     save_concept(merged, folder)
     write_bytes(folder / CARD_NAME, merged_card(merged, parts, settings).encode())
     save_config(args, folder / CONFIG_NAME)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import read_text, write_whole
+from custom_diffusion.files import read_text, write_bytes
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -125,7 +125,7 @@ def save_config(args: argparse.Namespace, path: Path) -> None:
     Raises:
         OSError: where it cannot be written.
     """
-    write_whole(path, lambda file: file.write(config_text(args)))
+    write_bytes(path, config_text(args))
 
 
 def whole_number(least: int) -> Any:
@@ -149,6 +149,14 @@ def positive_number(text: str) -> float:
     return value
 
 
+def number_from_zero(text: str) -> float:
+    """An argparse type: a finite number, 0 or above."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     value = int(text)
@@ -167,6 +175,11 @@ def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> Non
     add("--pretrained_model_name_or_path", help=f"Base model; if not given, {otherwise}.")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the base model's files, such as fp16.")
+    add(
+        "--tokenizer_name",
+        help="Folder or Hub id of another tokenizer than the base model's. If not given, revision, variant and "
+        "tokenizer are what training used, as the card of a concept of this base model says.",
+    )
 
 
 def end_quietly_on_interrupt() -> None:

@@ -299,6 +299,7 @@ def test_the_readmes_commands_for_one_concept(home: Path, base_model: Path, monk
 
 @pytest.mark.long
 def test_the_readmes_commands_that_go_on_from_there(home: Path, base_model: Path, images: Path) -> None:
+    shutil.rmtree(home / "class_images")
     run_block(commands(*REAL_IMAGES), home, base_model)
     assert len(list((home / "real_reg/samples_cat/images").iterdir())) == 3, "none was generated"
     printed = run_block(commands(*EXPORT), home)
@@ -353,10 +354,13 @@ def test_the_commands_for_finished_concepts(
     hub.files["owner/name@v1"] = {
         path.name: path.read_bytes() for path in trained.iterdir() if path.is_file() and path.suffix != ".bin"
     }
-    for words in (SHARE, TABLE, COMFY, DELTA):
-        shutil.rmtree(home / "my-cat", ignore_errors=True)
-        run_block(commands(*words), home, **online(hub, home))
-    assert {"my-cat", "cat-delta", "cat-small"} < {path.name for path in home.iterdir()}
+    run_block(commands(*SHARE), home, **online(hub, home))
+    assert len(list((home / "samples").glob("0*.png"))) == 2, "of the merged concept and of the one on the Hub"
+    shutil.rmtree(home / "my-cat")  # the next block makes it again
+    printed = run_block("\n".join(commands(*words) for words in (TABLE, COMFY, DELTA)), home)
+    assert "| 60% |" in printed
+    for name in ("my-cat/my-cat.safetensors", "cat-delta/delta.bin", "cat-small/compressed_delta.bin"):
+        assert (home / name).is_file()
     run_block(commands(*CONFIG), home)
     assert tokens_of(home / "cat-model-2") == ["<new1>"]
 

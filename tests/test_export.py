@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 import export
 import infer
@@ -19,6 +21,7 @@ import train_custom_diffusion
 from custom_diffusion.concept import formats
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.compression import Decomposition, decompose
+from custom_diffusion.concept.exporting import embedding_names, lora_name, rename_tokens
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.errors import UserError
@@ -51,7 +54,7 @@ def ours(base: Path, concept: Concept) -> np.ndarray:
 def with_lora(base: Path, folder: Path) -> StableDiffusionPipeline:
     pipeline = load(base)
     pipeline.load_lora_weights(folder, weight_name=f"{folder.name}.safetensors")
-    pipeline.load_textual_inversion(folder, weight_name="<new1>.safetensors", token="<new1>")
+    pipeline.load_textual_inversion(folder, weight_name="new1.safetensors", token="<new1>")
     return pipeline
 
 
@@ -69,7 +72,7 @@ def test_at_full_rank_diffusers_makes_our_image(cat: Path, base_model: Path, tmp
     assert difference.max() <= 2
     assert difference.mean() < 0.1
     words_only = load(base_model)
-    words_only.load_textual_inversion(tmp_path / "full", weight_name="<new1>.safetensors", token="<new1>")
+    words_only.load_textual_inversion(tmp_path / "full", weight_name="new1.safetensors", token="<new1>")
     assert np.abs(make_image(words_only) - expected).mean() > 1, "the attention makes a difference"
 
 
@@ -152,14 +155,125 @@ def test_default_is_the_papers_energy_and_a_rank_can_be_given(cat: Path, base_mo
 
 def test_the_word_is_in_the_form_that_all_programs_read(cat: Path, tmp_path: Path) -> None:
     run("--model_dir", cat, "--format", "lora", "--output_dir", tmp_path / "lora")
-    content = load_file(tmp_path / "lora" / "<new1>.safetensors")
+    path = tmp_path / "lora" / "new1.safetensors"
+    content = load_file(path)
     # One tensor only (AUTOMATIC1111 refuses more), of two dimensions (ComfyUI and kohya-ss take it as it is).
     assert list(content) == ["emb_params"]
     assert torch.equal(content["emb_params"], load_concept(cat).tokens["<new1>"]["text_encoder"].unsqueeze(0))
     card = ModelCard.load(tmp_path / "lora" / "README.md")
     assert "lora" in card.data.tags
-    assert "photo of a embedding:<new1> cat" in card.text
-    assert "photo of a <new1> cat <lora:lora:1>" in card.text
+    # ComfyUI, AUTOMATIC1111 and InvokeAI, in this order.
+    for prompt in ("photo of a embedding:new1 cat", "photo of a new1 cat <lora:lora:1>", "photo of a <new1> cat"):
+        assert f"`{prompt}`" in card.text
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["token"] == "<new1>", "the token itself is inside"
+
+
+@pytest.fixture(scope="module")
+def clip(base_model: Path) -> CLIPTokenizer:
+    """CLIP's own tokenizer, as programs have it."""
+    return CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [
+        (["<new1>"], ["new1"]),
+        (["<new1>", "<new2>"], ["new1", "new2"]),
+        (["sks-dog!"], ["my-sks-dog"]),
+        (["<cat>", "<CAT-toy>"], ["my-cat", "my-CAT-toy"]),
+        (["<new1>", "new1*", "[NEW1]"], ["new1", "new1-2", "NEW1-3"]),
+        (["<>", "***"], ["word1", "word2"]),
+        (["<my_cat_>", "<--a1--b2-->"], ["my-cat", "a1-b2"]),
+        (["<猫1>", "<Ünlü7>"], ["猫1", "Ünlü7"]),
+    ],
+)
+def test_names_of_embeddings(tokens: list[str], names: list[str], clip: CLIPTokenizer) -> None:
+    given = embedding_names(tokens, [clip])
+    assert list(given) == tokens
+    assert list(given.values()) == names
+    assert not any(f"{name.lower()}</w>" in clip.get_vocab() for name in names), "no word of the language"
+
+
+@pytest.mark.parametrize(
+    "token", ["<new1>", "<cat>", "sks-dog!", "<my_cat_>", "<>", "<zz-top>", "<new10>", "a.b", "<猫>"]
+)
+def test_names_stay_what_they_are_beside_punctuation(token: str, clip: CLIPTokenizer) -> None:
+    # AUTOMATIC1111 and others look for the name's tokens among the prompt's.
+    name = embedding_names([token], [clip])[token]
+
+    def ids(text: str) -> list[int]:
+        return clip(text, add_special_tokens=False).input_ids
+
+    for mark in (",", ".", "'", "!", "-", ":", ")", "'s", ">", ";", "?"):
+        assert ids(f"{name}{mark}") == ids(name) + ids(mark), mark
+        assert ids(f"a ({name}{mark} b") == [*ids("a ("), *ids(name), *ids(mark), *ids("b")], mark
+    if token == "<new1>":
+        assert ids(f"{token},") != ids(token) + ids(","), "with brackets it is not so"
+
+
+def test_the_loras_name_never_is_a_words(tmp_path: Path) -> None:
+    assert lora_name(tmp_path / "new1", ["new1"]) == "new1-lora.safetensors"
+    assert lora_name(tmp_path / "NEW1", ["new1"]) == "NEW1-lora.safetensors", "some file systems ignore case"
+    assert lora_name(tmp_path / "cat", ["new1"]) == "cat.safetensors"
+
+
+@pytest.mark.parametrize("form", ["lora", "pipeline", "delta"])
+def test_a_token_is_renamed_in_every_format(form: str, cat: Path, base_model: Path, tmp_path: Path) -> None:
+    whole = ["--energy=1"] if form == "lora" else []
+    run("--model_dir", cat, "--format", form, *whole, "--token_name", "<my-pet>", "--output_dir", tmp_path / "out")
+    expected = ours(base_model, load_concept(cat))
+    if form == "lora":
+        pipeline = load(base_model)
+        pipeline.load_lora_weights(tmp_path / "out", weight_name="out.safetensors")
+        pipeline.load_textual_inversion(tmp_path / "out", weight_name="my-pet.safetensors", token="<my-pet>")
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert card.data.instance_prompt == "photo of a <my-pet> cat"
+        assert "<new1>" not in card.text
+    elif form == "pipeline":
+        pipeline = load(tmp_path / "out")
+    else:
+        pipeline = load(base_model)
+        apply_concepts(pipeline, load_concept(tmp_path / "out"))
+    assert np.abs(make_image(pipeline, "photo of a <my-pet> cat") - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["<a>", "<b>"], r"--token_name has 2 names for 1 tokens \(<new1>\)"),
+        (["a/b"], "would be a path"),
+        (["Cat"], r"'Cat' \(--token_name\) is in the tokenizer's vocabulary already as 'cat'"),
+    ],
+)
+def test_a_name_that_cannot_be_used(names: list[str], words: str, cat: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        run("--model_dir", cat, "--format=lora", "--token_name", *names, "--output_dir", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_tokens_get_two_names(base_model: Path) -> None:
+    vector = {"text_encoder": torch.ones(32)}
+    both = Concept({}, {"<new1>": vector, "<new2>": vector}, instance_prompt="a <new1> cat, a <new2> pot")
+    swapped = rename_tokens(both, ["<new2>", "<new1>"], BaseModel(str(base_model)))
+    assert list(swapped.tokens) == ["<new2>", "<new1>"]
+    assert swapped.instance_prompt == "a <new2> cat, a <new1> pot"
+    with pytest.raises(UserError, match="a name twice"):
+        rename_tokens(both, ["<a>", "<A>"], None)
+
+
+def test_the_cards_python_makes_the_image(cat: Path, base_model: Path, tmp_path: Path) -> None:
+    run("--model_dir", cat, "--format=lora", "--energy=1", "--dtype=fp32", "--output_dir", tmp_path / "lora")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "`pip install peft`" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(tmp_path / 'lora')!r}")
+    seen: dict[str, Any] = {}
+    exec(code.split("image = ")[0], seen)
+    pipeline = seen["pipeline"]
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = load(base_model).scheduler
+    assert np.abs(make_image(pipeline) - ours(base_model, load_concept(cat))).max() <= 2
 
 
 def test_what_a_lora_cannot_hold_is_said(face: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,9 +361,13 @@ def test_infer_reads_a_delta_folder_and_file(cat: Path, base_model: Path, tmp_pa
     assert pixels[0] == pixels[1] == pixels[2]
 
 
-def test_the_compressed_form_both_ways(cat: Path, base_model: Path, tmp_path: Path) -> None:
+def test_the_compressed_form_both_ways(
+    cat: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base_flags = ["--pretrained_model_name_or_path", base_model]
+    capsys.readouterr()
     run("--model_dir", cat, "--format", "delta", "--energy", "1", "--output_dir", tmp_path / "all")
+    assert 'call load_model before .to("cuda")' in capsys.readouterr().out, "their loader adds on one device only"
     read = load_concept(tmp_path / "all")
     assert read.differences
     assert not read.attention
@@ -257,7 +375,7 @@ def test_the_compressed_form_both_ways(cat: Path, base_model: Path, tmp_path: Pa
     pipeline = load(base_model)
     authors_load(pipeline, tmp_path / "all" / "compressed_delta.bin", compress=True)
     assert np.abs(make_image(pipeline) - ours(base_model, load_concept(cat))).max() <= 1
-    # A compressed one goes on to every format.
+    # A compressed one can be exported to every format.
     run("--model_dir", tmp_path / "all", "--format", "delta", *base_flags, "--output_dir", tmp_path / "back")
     for key, value in load_concept(tmp_path / "back").attention.items():
         assert torch.allclose(value, load_concept(cat).attention[key], atol=1e-6)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,28 +144,33 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
         (folder / "README.md").write_text(model_card(concept, [f"photo of a <new1> {word}"], {}))
         put(hub, f"someone/{name}", folder)
 
-    def run(script: str, *argv: str) -> str:
-        result = run_script("python", ROOT / script, *argv, cwd=tmp_path, **environment(hub, tmp_path / "home"))
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    delta = {"unet": {name: torch.randn(32, 32)}, "modifier_token": {"<new1>": torch.randn(32)}}
+    torch.save(delta, tmp_path / "delta.bin")
+    hub.files["someone/theirs"] = {"delta.bin": (tmp_path / "delta.bin").read_bytes()}
 
-    run("merge.py", "--model_dir", "someone/cat@v1", "someone/pot@v1", "--output_dir", "both", "--num_captions=100")
+    images = ["--prompt", "<new1> cat", "--num_inference_steps=2"]
+    theirs = ["someone/theirs", "--pretrained_model_name_or_path", "someone/tiny"]
+    run_commands(
+        [
+            ("merge", "--model_dir", "someone/cat@v1", "someone/pot@v1", "--output_dir=both", "--num_captions=100"),
+            ("export", "--model_dir", "someone/cat@v1", "--format=lora"),
+            ("infer", "--model_dir", "someone/cat", "--output_dir=latest", *images),
+            ("infer", "--model_dir", "someone/cat@v1", "--output_dir=v1", *images),
+            ("infer", "--model_dir", *theirs, "--output_dir=theirs", *images),
+        ],
+        tmp_path,
+        environment(hub, tmp_path / "home"),
+    )
     both = load_concept(tmp_path / "both")
     assert both.base_model == "someone/tiny"
     assert torch.equal(both.tokens["<new1>"]["text_encoder"], vector_of(tmp_path / "cat@v1"))
     assert torch.equal(both.tokens["<new2>"]["text_encoder"], vector_of(tmp_path / "pot@v1"))
-
-    run("export.py", "--model_dir", "someone/cat@v1", "--format", "lora")
     assert card_errors((tmp_path / "cat-lora" / "README.md").read_text()) == []
-    words = load_file(tmp_path / "cat-lora" / "<new1>.safetensors")["emb_params"]
+    words = load_file(tmp_path / "cat-lora" / "new1.safetensors")["emb_params"]
     assert torch.equal(words[0], vector_of(tmp_path / "cat@v1"))
-
-    images = []
-    for name, folder in (("someone/cat", "out"), ("someone/cat@v1", "out1")):
-        argv = ["--model_dir", name, "--prompt", "<new1> cat", "--num_inference_steps=2", "--output_dir", folder]
-        run("infer.py", *argv)
-        images.append(next((tmp_path / folder).glob("0*.png")).read_bytes())
-    assert images[0] != images[1]
+    made = {next((tmp_path / name).glob("0*.png")).read_bytes() for name in ("latest", "v1", "theirs")}
+    assert len(made) == 3, "each is another concept"
 
     missing = ["--model_dir", "someone/cat@v9", "--prompt", "<new1>"]
     result = run_script("python", ROOT / "infer.py", *missing, cwd=tmp_path, **environment(hub, tmp_path / "home"))
@@ -170,18 +178,12 @@ def test_every_command_reads_a_revision(hub: Hub, base_model: Path, tmp_path: Pa
     assert "error: there is no folder 'someone/cat@v9', and the Hub does not give it either" in result.stderr
 
 
-@pytest.mark.long
-def test_a_delta_on_the_hub(hub: Hub, base_model: Path, tmp_path: Path) -> None:
-    put(hub, "someone/tiny", base_model)
-    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    delta = {"unet": {name: torch.randn(32, 32)}, "modifier_token": {"<new1>": torch.randn(32)}}
-    torch.save(delta, tmp_path / "delta.bin")
-    hub.files["someone/theirs"] = {"delta.bin": (tmp_path / "delta.bin").read_bytes()}
-    argv = ["--model_dir", "someone/theirs", "--pretrained_model_name_or_path", "someone/tiny", "--prompt", "<new1>"]
-    argv += ["--num_inference_steps=2"]
-    result = run_script("python", ROOT / "infer.py", *argv, cwd=tmp_path, **environment(hub, tmp_path / "home"))
+def run_commands(commands: list[tuple[str, ...]], cwd: Path, variables: dict[str, str]) -> None:
+    """Run commands one after the other in one process of their own: the Hub's address is read on import."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport export, infer, merge\n"
+    code += "".join(f"{name}.main({argv!r})\n" for name, *argv in commands)
+    result = run_script("python", "-c", code, cwd=cwd, **variables)
     assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "samples").glob("0*.png"))) == 1
 
 
 @pytest.mark.long
@@ -206,3 +208,48 @@ def test_a_dataset_of_the_hub_in_place_of_a_folder(hub: Hub, base_model: Path, i
     assert result.returncode == 1
     assert "error: there is no folder 'someone/dogs' (instance_data_dir), and no such dataset" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# --- cards ---------------------------------------------------------------------------------------
+
+
+def small_concept(**more: Any) -> Concept:
+    return Concept({}, {"<new1>": {"text_encoder": torch.ones(3)}}, "someone/tiny", instance_prompt="a <new1>", **more)
+
+
+def test_a_card_keeps_what_it_takes_to_load_the_base_model(tmp_path: Path) -> None:
+    told = {"base_revision": "v2", "base_variant": "fp16", "base_tokenizer": "someone/words"}
+    for number, more in enumerate(({}, told)):
+        concept, folder = small_concept(**more), tmp_path / str(number)
+        save_concept(concept, folder)
+        card = model_card(concept, ["a <new1>"], {})
+        assert card_errors(card) == []
+        (folder / "README.md").write_text(card)
+        read = load_concept(folder)
+        names = ("base_model", "base_revision", "base_variant", "base_tokenizer", "instance_prompt")
+        assert [getattr(read, name) for name in names] == [getattr(concept, name) for name in names]
+        python = card.split("```python\n")[1].split("```")[0]
+        compile(python, "card", "exec")
+        if more:
+            assert 'revision="v2", variant="fp16", tokenizer=CLIPTokenizer.from_pretrained("someone/words")' in python
+        else:
+            assert "revision" not in card and "variant" not in card
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_card_loads_the_files_beside_it(ending: str, tmp_path: Path) -> None:
+    concept = small_concept()
+    concept.attention["down_blocks.0.attn2.processor.to_k_custom_diffusion.weight"] = torch.ones(2, 3)
+    options = {} if ending == "safetensors" else {"ending": ending}
+    files = save_concept(concept, tmp_path, safetensors_too=ending == "safetensors", bin_too=ending == "bin")
+    card = model_card(concept, ["a <new1>"], {}, **options)
+    assert sorted(re.findall(r'weight_name="(.+?)"', card)) == sorted(files)
+    assert 'cross_attention_kwargs={"scale": ...}` has no effect' in card
+
+
+def test_what_is_public_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    here = str(tmp_path)
+    assert small_concept(base_tokenizer=here).without_local_paths().base_tokenizer is None
+    assert small_concept(base_tokenizer="a/b").without_local_paths().base_tokenizer == "a/b"
+    local = replace(small_concept(base_revision="x", base_variant="fp16"), base_model=here).without_local_paths()
+    assert (local.base_model, local.base_revision, local.base_variant) == (None, None, None)

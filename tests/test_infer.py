@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
+import export
 import infer
+import merge
 from custom_diffusion.concept.applying import apply_concepts
-from custom_diffusion.concept.files import load_concept
+from custom_diffusion.concept.cards import model_card
+from custom_diffusion.concept.files import find_base_model, load_concept, save_concept
 from custom_diffusion.errors import UserError
+from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import ROOT, run_script
 
 FEW = ["--num_inference_steps", "3"]
@@ -121,10 +128,38 @@ def test_bfloat16(trained: Path, tmp_path: Path) -> None:
 def test_a_prompt_without_a_token_gets_a_warning(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--prompt", "a cat", "<new1> cat", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
-    infer.main(argv)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: 'a cat' has none of the learned tokens (<new1>)"]
+    argv = ["--prompt", "a cat", "<new1> cat", "<NEW1> cat", "--model_dir", str(trained), *FEW]
+    infer.main([*argv, "--output_dir", str(tmp_path)])
+    assert warnings(capsys) == ["warning: 'a cat' has none of the learned tokens (<new1>)"]
+    lower, upper = images_of(tmp_path)[1:]
+    assert np.array_equal(pixels(lower), pixels(upper)), "the tokenizer folds case, and so does the check"
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+
+
+def test_prompts_that_are_too_long_get_a_warning(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filler = "cat " * 75
+    prompts = [
+        f"<new1> {filler}on a red sofa, in the Sun",
+        f"{filler} on a hill",
+        f"{filler}at night with a <New1> cat",
+    ]
+    argv = ["--prompt", *prompts, "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
+    infer.main([*argv, "--negative_prompt", f"{filler}blurred, grey and dark"])
+    cut, without, cut_too, lost, negative = warnings(capsys)
+    assert cut.endswith(
+        "is too long for the text encoder, which does not read its end: 'cat on a red sofa, in the Sun'"
+    )
+    assert without.endswith("has none of the learned tokens (<new1>)")
+    assert cut_too.endswith("which does not read its end: 'on a hill'")
+    assert "names <new1> behind the 77 tokens that the text encoder reads, so the image will not show it" in lost
+    assert negative.startswith("warning: --negative_prompt is too long") and negative.endswith(
+        "'blurred, grey and dark'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,13 +170,15 @@ def test_a_prompt_without_a_token_gets_a_warning(
         (["--pretrained_model_name_or_path", "{other}"], ["(16, 32)", "(16, 48)"]),
         (["--device", "toaster"], ["--device 'toaster'"]),
         (["--output_dir", "{file}/out"], ["--output_dir", "cannot be made"]),
+        (["--model_dir", "{trained}", "{trained}"], ["'<new1>' is a token of", "merge.py"]),
+        (["--tokenizer_name", "{file}"], ["cannot load the tokenizer", "--tokenizer_name"]),
     ],
 )
 def test_a_mistake_gets_one_line(
     wrong: list[str], words: list[str], trained: Path, base_model_v: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    wrong = [word.format(other=base_model_v, file=tmp_path / "file") for word in wrong]
+    wrong = [word.format(other=base_model_v, file=tmp_path / "file", trained=trained) for word in wrong]
     with pytest.raises(UserError) as caught:
         infer.main(
             ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path / "out"), *FEW, *wrong]
@@ -190,3 +227,113 @@ def test_a_run_is_repeated_by_the_file_beside_it(trained: Path, tmp_path: Path) 
     infer.main(["--config", str(config), "--prompt", "<new1> on a hill"])
     assert images_of(tmp_path / "out")[-1].name == "00002_new1-on-a-hill_seed7.png"
     assert len(images_of(tmp_path / "out")) == 3, "a prompt on the command line replaces those of the file"
+
+
+# --- what training was told ----------------------------------------------------------------------
+
+
+def test_the_card_says_how_to_load_the_base_model(trained: Path, base_model: Path, tmp_path: Path) -> None:
+    """Trained with --variant=fp16 and another tokenizer: all commands work unchanged."""
+    variant = tmp_path / "base"
+    StableDiffusionPipeline.from_pretrained(base_model).save_pretrained(variant, variant="fp16")
+    (variant / "tokenizer").rename(tmp_path / "tokenizer")
+    (variant / "tokenizer").mkdir()
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer_config.json", variant / "tokenizer")
+    model = tmp_path / "model"
+    base = BaseModel(str(variant), "a-branch", "fp16", str(tmp_path / "tokenizer"))
+    concept = replace(load_concept(trained), instance_prompt=None).trained_on(base)
+    save_concept(concept, model)
+    (model / "README.md").write_text(model_card(concept, ["photo of a <new1> cat"], {}))
+    argv = ["--prompt", "<new1> cat", *FEW]
+    infer.main([*argv, "--model_dir", str(trained), "--output_dir", str(tmp_path / "plain")])
+    infer.main([*argv, "--model_dir", str(model), "--output_dir", str(tmp_path / "told")])
+    plain, told = images_of(tmp_path / "plain")[0], images_of(tmp_path / "told")[0]
+    assert np.array_equal(pixels(plain), pixels(told))
+
+    merge.main(["--model_dir", str(model), "--prior_weight=1", "--output_dir", str(tmp_path / "weighed")])
+    assert load_concept(tmp_path / "weighed").base_tokenizer == str(tmp_path / "tokenizer")
+    infer.main([*argv, "--model_dir", str(tmp_path / "weighed"), "--output_dir", str(tmp_path / "told")])
+    for number, form in enumerate(("lora", "pipeline")):
+        export.main(["--model_dir", str(model), f"--format={form}", "--output_dir", str(tmp_path / f"export{number}")])
+    card = (tmp_path / "export0" / "README.md").read_text()
+    assert f'variant="fp16", tokenizer=CLIPTokenizer.from_pretrained("{tmp_path}/tokenizer")' in card
+
+
+def card_of(trained: Path, folder: Path, **more: str | None) -> Path:
+    concept = replace(load_concept(trained), **more)
+    save_concept(concept, folder)
+    (folder / "README.md").write_text(model_card(concept, ["photo of a <new1> cat"], {}))
+    return folder
+
+
+def test_the_command_line_wins_over_the_card(
+    trained: Path, base_model: Path, base_model_v: Path, tmp_path: Path
+) -> None:
+    told = {"base_revision": "old", "base_variant": "fp16", "base_tokenizer": "some/tokenizer"}
+    concepts = [load_concept(card_of(trained, tmp_path / "one", **told))]
+    here = str(base_model)
+    assert find_base_model(None, None, None, concepts) == BaseModel(here, "old", "fp16", "some/tokenizer")
+    assert find_base_model(here, None, None, concepts) == BaseModel(here, "old", "fp16", "some/tokenizer")
+    assert find_base_model(None, "new", "bf16", concepts, "mine") == BaseModel(here, "new", "bf16", "mine")
+    # Of another model than the card's it knows nothing.
+    assert find_base_model(str(base_model_v), None, None, concepts) == BaseModel(str(base_model_v))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "flag"), [("base_revision", "--revision"), ("base_tokenizer", "--tokenizer_name")]
+)
+def test_cards_that_disagree_are_named(attribute: str, flag: str, trained: Path, base_model: Path) -> None:
+    one = load_concept(trained)
+    other = replace(one, source="the other", **{attribute: "v2"})
+    with pytest.raises(UserError, match=f"'the other' with 'v2'.*give {flag}") as caught:
+        find_base_model(None, None, None, [one, other])
+    assert "\n" not in str(caught.value)
+
+
+# --- safety checker ------------------------------------------------------------------------------
+
+
+def test_an_image_that_the_safety_checker_blackens_is_named(
+    trained: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = sizes | {"image_size": 32, "patch_size": 16, "projection_dim": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=sizes, projection_dim=8))
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)  # a threshold that every image is above
+    size = {"height": 32, "width": 32}
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base_model, safety_checker=checker, feature_extractor=CLIPImageProcessor(size=size, crop_size=size)
+    )
+    pipeline.save_pretrained(tmp_path / "base")
+    argv = [
+        "--prompt",
+        "<new1> cat",
+        "--num_images=2",
+        "--model_dir",
+        str(trained),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    argv += ["--pretrained_model_name_or_path", str(tmp_path / "base"), *FEW]
+    infer.main(argv)
+    said = warnings(capsys)
+    assert len(said) == 2
+    for path, line in zip(images_of(tmp_path / "out"), said, strict=True):
+        assert pixels(path).max() == 0
+        assert str(path) in line and "is black" in line and "--no_safety_checker" in line
+    infer.main([*argv, "--no_safety_checker"])
+    assert warnings(capsys) == []
+    assert all(pixels(path).std() > 1 for path in images_of(tmp_path / "out")[2:])
+
+
+def test_a_tokenizer_that_knows_no_length(trained: Path, base_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_model, tmp_path / "base")
+    config = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "model_max_length"}))
+    argv = ["--prompt", "<new1> cat", "--model_dir", str(trained), *FEW]
+    infer.main([*argv, "--output_dir", str(tmp_path / "plain")])
+    infer.main(
+        [*argv, "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    )
+    assert np.array_equal(pixels(images_of(tmp_path / "plain")[0]), pixels(images_of(tmp_path / "out")[0]))

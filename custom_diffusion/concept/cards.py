@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from custom_diffusion.concept.files import WEIGHTS_STEM, Concept
+from custom_diffusion.concept.files import CARD_KEYS, WEIGHTS_STEM, Concept
 from custom_diffusion.concept.parts import Part
-from custom_diffusion.files import is_hub_id
+from custom_diffusion.concept.prompts import replace_words
 
 
 def model_card(
@@ -20,20 +20,22 @@ def model_card(
     sample_prompt: str | None = None,
     sample_images: Sequence[str] = (),
     origin: str = "trained",
+    ending: str = "safetensors",
 ) -> str:
     """The text of ``README.md``: base model, tokens, prompts, licence, how to load, sample images.
 
     Args:
-        concept: its ``base_model`` is named where there is one.
+        concept: its base model is named where there is one, with all that it takes to load it.
         prompts: the instance prompts of the training run.
         settings: what to tell about the run, for a table; must hold no secret.
         sample_prompt, sample_images: prompt and file names (beside the card) of images to show.
         origin: how the weights were made, ``trained`` or ``merged``.
+        ending: of the files beside the card, ``safetensors`` or ``bin``; those are what its Python loads.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens) or "no new word"
     prompt = sample_prompt or prompts[0]
     data = _metadata(
-        concept.base_model,
+        concept,
         ["custom-diffusion", "diffusers-training"],
         ", ".join(prompts),
         # What the Hub's page shows and lets visitors try.
@@ -49,7 +51,7 @@ Cross-attention weights and new words for {concept.base_model or "a Stable Diffu
 
 {_lines(f"![{sample_prompt}](./{name})" for name in sample_images)}
 
-{_how_to_use(concept, prompt)}
+{_how_to_use(concept, prompt, ending)}
 ## How it was {origin}
 
 | setting | value |
@@ -60,11 +62,12 @@ The licence of the base model holds for these weights too.
 """
 
 
-def _how_to_use(concept: Concept, prompt: str) -> str:
+def _how_to_use(concept: Concept, prompt: str, ending: str) -> str:
     """The section of a model card that shows how to load the concept."""
     load_tokens = "".join(
-        f'pipeline.load_textual_inversion(model, weight_name="{token}.bin")\n' for token in concept.tokens
+        f'pipeline.load_textual_inversion(model, weight_name="{token}.{ending}")\n' for token in concept.tokens
     )
+    imports, options = _loading(concept)
     return f"""## Use it
 
 With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
@@ -78,20 +81,34 @@ With diffusers alone (`load_attn_procs` silently loads nothing unless it is give
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
+{imports}
 model = "."  # the path of this folder, or its name on the Hub
 base_model = "{concept.base_model or "the model above"}"
-pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16).to("cuda")
-pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.bin", _pipeline=pipeline)
+pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16{options}).to("cuda")
+pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.{ending}", _pipeline=pipeline)
 {load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
+
+`cross_attention_kwargs={{"scale": ...}}` has no effect on these weights: it is for LoRAs. `infer.py --scale` blends
+them with the base model's.
 """
 
 
-def _metadata(base_model: str | None, tags: Sequence[str], instance_prompt: str | None, widget: list[Any]) -> str:
+def _loading(concept: Concept) -> tuple[str, str]:
+    """What Python needs to load the base model as it was trained: lines of imports, and more arguments."""
+    options = {"revision": concept.base_revision, "variant": concept.base_variant}
+    given = "".join(f', {name}="{value}"' for name, value in options.items() if value is not None)
+    if concept.base_tokenizer is None:
+        return "", given
+    return (
+        "from transformers import CLIPTokenizer\n",
+        f'{given}, tokenizer=CLIPTokenizer.from_pretrained("{concept.base_tokenizer}")',
+    )
+
+
+def _metadata(concept: Concept, tags: Sequence[str], instance_prompt: str | None, widget: list[Any]) -> str:
     """The YAML header of a card, which the Hub and our own commands read."""
     data = ModelCardData(
-        base_model=base_model,
         # Which licence that is depends on the base model; the Hub wants a name for what is on none of its lists.
         license="other",
         license_name="as-the-base-model",
@@ -100,6 +117,7 @@ def _metadata(base_model: str | None, tags: Sequence[str], instance_prompt: str 
         tags=["text-to-image", "diffusers", "stable-diffusion", *tags],
         instance_prompt=instance_prompt,
         widget=widget,
+        **{CARD_KEYS[name]: getattr(concept, name) for name in CARD_KEYS if name != "instance_prompt"},
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -108,23 +126,29 @@ def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def lora_card(concept: Concept, name: str) -> str:
-    """How to use the files, program by program."""
+def lora_card(concept: Concept, name: str, embeddings: Mapping[str, str]) -> str:
+    """How to use an exported LoRA, program by program.
+
+    Args:
+        name: of the LoRA's file.
+        embeddings: token to the name of its embedding's file, without ending.
+    """
     words = ", ".join(f"`{token}`" for token in concept.tokens)
     prompt = (concept.instance_prompt or " ".join(concept.tokens)).split(", ")[0]
-    comfy = prompt
-    for token in concept.tokens:
-        comfy = comfy.replace(token, f"embedding:{token}")
-    stem = name.removesuffix(".safetensors")
+    comfy = replace_words(prompt, {token: f"embedding:{stem}" for token, stem in embeddings.items()})
+    plain = replace_words(prompt, embeddings)
+    invoke = replace_words(prompt, {token: f"<{stem}>" for token, stem in embeddings.items()})
+    lora = name.removesuffix(".safetensors")
     base_model = concept.base_model or "the base model"
     loads = "".join(
-        f'pipeline.load_textual_inversion(folder, weight_name="{token}.safetensors", token="{token}")\n'
-        for token in concept.tokens
+        f'pipeline.load_textual_inversion(folder, weight_name="{stem}.safetensors", token="{token}")\n'
+        for token, stem in embeddings.items()
     )
-    # The Hub refuses a card whose base model is no model of its own, such as a local folder.
-    on_hub = base_model if is_hub_id(base_model) else None
+    names = ", ".join(f"`{stem}` for `{token}`" for token, stem in embeddings.items())
+    imports, options = _loading(concept)
     tags = ["lora", "textual_inversion", "custom-diffusion"]
-    data = _metadata(on_hub, tags, concept.instance_prompt, [{"text": prompt}])
+    # The Hub refuses a card whose base model is no model of its own, such as a local folder.
+    data = _metadata(concept.without_local_paths(), tags, concept.instance_prompt, [{"text": prompt}])
     return f"""{data}
 # LoRA and embeddings of {words}
 
@@ -133,17 +157,19 @@ For {base_model}. `{name}` has what was learned of the attention, each other `.s
 | program | `{name}` goes to | the words go to | prompt |
 |---|---|---|---|
 | ComfyUI | `models/loras` (node Load LoRA; only the model's strength matters) | `models/embeddings` | `{comfy}` |
-| AUTOMATIC1111, Forge | `models/Lora` | `embeddings` | `{prompt} <lora:{stem}:1>` |
-| InvokeAI | add both in the model manager | | `{prompt}`, with the LoRA switched on |
+| AUTOMATIC1111, Forge | `models/Lora` | `embeddings` | `{plain} <lora:{lora}:1>` |
+| InvokeAI | add both in the model manager | | `{invoke}`, with the LoRA switched on |
 
-A word's name in these programs is the name of its file. Windows allows no angle brackets in names: call the file
-`my-new1.safetensors` there, and write `my-new1`.
+In these programs a word is called like its file: {names}. You may rename the files, but not to common words,
+which would then always mean your concept, nor to names that end in anything but a letter or digit.
+
+In Python, with `pip install peft`:
 
 ```python
 from diffusers import DiffusionPipeline
-
+{imports}
 folder = "."  # or the name on the Hub
-pipeline = DiffusionPipeline.from_pretrained("{base_model}")
+pipeline = DiffusionPipeline.from_pretrained("{base_model}"{options})
 pipeline.load_lora_weights(folder, weight_name="{name}")
 {loads}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
 ```

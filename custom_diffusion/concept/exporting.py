@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,27 +22,63 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import lora_card
 from custom_diffusion.concept.compression import DTYPES, PAPER_ENERGY, Decomposition, decompose, relative_error
 from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name, vectors_by_key
+from custom_diffusion.concept.prompts import replace_words
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.vocabulary import check_new_words, fold
 from custom_diffusion.text import first_line
 
 
-def export_lora(concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path) -> None:
+def rename_tokens(concept: Concept, names: Sequence[str], base_model: BaseModel | None) -> Concept:
+    """The concept with other tokens, in its prompt too.
+
+    Args:
+        names: one for each token, in their order.
+        base_model: where it is known, its tokenizer must not know the names.
+
+    Raises:
+        UserError: for names that cannot be used, or are too few or too many.
+    """
+    if len(names) != len(concept.tokens):
+        raise UserError(
+            f"--token_name has {len(names)} names for {len(concept.tokens)} tokens ({', '.join(concept.tokens)}): "
+            "give one for each"
+        )
+    for name in names:
+        check_token_name(name)
+    if len({name.lower() for name in names}) < len(names):
+        raise UserError("--token_name has a name twice; upper and lower case are the same to tokenizers")
+    if base_model is not None:
+        for tokenizer in base_model.tokenizers(base_model.family()).values():
+            check_new_words(names, tokenizer, " (--token_name)")
+    renamed = dict(zip(concept.tokens, names, strict=True))
+    return replace(
+        concept,
+        tokens={renamed[token]: vectors for token, vectors in concept.tokens.items()},
+        instance_prompt=None if concept.instance_prompt is None else replace_words(concept.instance_prompt, renamed),
+    )
+
+
+def export_lora(
+    concept: Concept, base_model: BaseModel, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path
+) -> None:
     """Write a LoRA in kohya-ss' naming, and one embedding file per token."""
     decompositions = decompose(concept, originals)
     ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
     dtype = DTYPES[args.dtype or "fp16"]
     tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
-    name = lora_name(folder, concept)
+    tokenizers = base_model.tokenizers(base_model.family())
+    embeddings = embedding_names(list(concept.tokens), tokenizers.values())
+    name = lora_name(folder, embeddings.values())
     data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
     write_bytes(folder / name, data)
     for token, vectors in concept.tokens.items():
-        check_token_name(token)
         content = formats.to_embedding(vectors_by_key(token, vectors))
-        embedding = safetensors.torch.save(content, metadata={"format": "pt"})
-        write_bytes(folder / f"{token}.safetensors", embedding)
-    write_bytes(folder / CARD_NAME, lora_card(concept, name).encode())
+        # Programs name a word after its file; the token itself is inside.
+        embedding = safetensors.torch.save(content, metadata={"format": "pt", "token": token})
+        write_bytes(folder / f"{embeddings[token]}.safetensors", embedding)
+    write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings).encode())
     biases = [key for key, weight in concept.attention.items() if weight.dim() == 1]
     if biases:
         change = sum((concept.attention[key] - originals[key]).float().square().sum().item() for key in biases)
@@ -64,10 +102,36 @@ def chosen_rank(decomposition: Decomposition, args: argparse.Namespace) -> int:
     return decomposition.rank(args.energy if args.energy is not None else PAPER_ENERGY)
 
 
-def lora_name(folder: Path, concept: Concept) -> str:
-    """The LoRA's file name: that of its folder, because programs show it and prompts name it."""
+def lora_name(folder: Path, taken: Iterable[str]) -> str:
+    """The LoRA's file name: that of its folder, because programs show it and prompts name it.
+
+    Args:
+        taken: names of other files, without ending.
+    """
     name = folder.resolve().name
-    return f"{name}-lora.safetensors" if name in concept.tokens else f"{name}.safetensors"
+    is_taken = name.casefold() in map(str.casefold, taken)
+    return f"{name}-lora.safetensors" if is_taken else f"{name}.safetensors"
+
+
+def embedding_names(tokens: Sequence[str], tokenizers: Collection[Any]) -> dict[str, str]:
+    """Token to the name of its embedding's file, without ending: ``new1`` for ``<new1>``.
+
+    Programs look for this name in prompts, as tokens: it must stay the same tokens whatever stands around it. CLIP
+    joins neighbouring punctuation, ``>,`` for one, but not letters and digits with punctuation. File systems forbid
+    some of it, and ignore case. A name that is words of the language would always mean the concept.
+    """
+    names: dict[str, str] = {}
+    vocabulary = {entry for tokenizer in tokenizers for entry in tokenizer.get_vocab()}
+    for number, token in enumerate(tokens, 1):
+        plain = re.sub(r"[^\w-]|_", "-", token)
+        name = re.sub(r"-+", "-", plain).strip("-") or f"word{number}"
+        words = [f"{fold(part, tokenizer)}</w>" for tokenizer in tokenizers for part in name.split("-")]
+        if all(word in vocabulary for word in words) and not name.casefold().startswith("my-"):
+            name = f"my-{name}"
+        taken = set(map(str.casefold, names.values()))
+        different = (name, *(f"{name}-{count}" for count in range(2, len(tokens) + 1)))
+        names[token] = next(one for one in different if one.casefold() not in taken)
+    return names
 
 
 def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -118,3 +182,5 @@ def export_delta(concept: Concept, originals: Mapping[str, Tensor], args: argpar
     write_whole(folder / name, lambda file: torch.save(content, file))
     size = (folder / name).stat().st_size / 1e6
     print(f"{folder / name}: {size:.1f} MB, for the authors' code" + (" with --compress" if factors else ""))
+    if factors:
+        print('Their loader adds it to weights on the CPU: call load_model before .to("cuda").')

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Concept:
         tokens: modifier token to its embeddings, one per text encoder of the base model, by the encoder's name:
             ``{"<new1>": {"text_encoder": vector of shape (text width,)}}``.
         base_model: the model that was fine-tuned (Hub id or folder), where it is known.
+        base_revision, base_variant, base_tokenizer: what else it takes to load it as it was trained, see
+            :class:`BaseModel`.
         source: where the concept was read from, for messages.
         differences: keyed like ``attention``, projections that are known only as difference from the base model's
             (the authors' compressed files); :func:`complete` turns them into ``attention``.
@@ -66,6 +68,28 @@ class Concept:
     source: str = "the concept"
     differences: dict[str, Tensor] = field(default_factory=dict)
     instance_prompt: str | None = None
+    base_revision: str | None = None
+    base_variant: str | None = None
+    base_tokenizer: str | None = None
+
+    def trained_on(self, base_model: BaseModel) -> Concept:
+        """The same concept, with all that it takes to load this base model."""
+        return replace(
+            self,
+            base_model=base_model.name,
+            base_revision=base_model.revision,
+            base_variant=base_model.variant,
+            base_tokenizer=base_model.tokenizer,
+        )
+
+    def without_local_paths(self) -> Concept:
+        """The same concept for a card that others read: folders of this machine are nobody's business."""
+        concept = self
+        if self.base_model is None or not is_hub_id(self.base_model):
+            concept = replace(concept, base_model=None, base_revision=None, base_variant=None)
+        if self.base_tokenizer is None or not is_hub_id(self.base_tokenizer):
+            concept = replace(concept, base_tokenizer=None)
+        return concept
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was learned, by name: projections, differences, and ``<new1> of text_encoder``."""
@@ -173,8 +197,7 @@ def load_concept(source: str | os.PathLike) -> Concept:
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
             "delta.bin; give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
         )
-    base_model, instance_prompt = _read_card(folder)
-    concept = Concept(attention, tokens, base_model, str(source), differences, instance_prompt)
+    concept = Concept(attention, tokens, source=str(source), differences=differences, **_read_card(folder))
     _check_finite(concept)
     return concept
 
@@ -316,43 +339,79 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_card(folder: Path) -> tuple[str | None, str | None]:
-    """Base model and instance prompt, as far as the card names them."""
+# What our cards say in their headers; the first two are the Hub's own names.
+CARD_KEYS = {
+    "base_model": "base_model",
+    "instance_prompt": "instance_prompt",
+    "base_revision": "base_model_revision",
+    "base_variant": "base_model_variant",
+    "base_tokenizer": "base_model_tokenizer",
+}
+
+
+def _read_card(folder: Path) -> dict[str, str]:
+    """What the card says of base model and prompts, by the attributes of :class:`Concept`."""
     # A checkpoint inside an output folder has its own card; the parent's is no fallback, it may be another run's.
     card = folder / CARD_NAME
     if not card.is_file():
-        return None, None
+        return {}
     try:
         data = ModelCard(read_text(card)).data.to_dict()
     except Exception:  # a card is written by people: whatever is wrong with its header, the weights are still good
-        return None, None
-    base_model, instance_prompt = data.get("base_model"), data.get("instance_prompt")
-    if isinstance(base_model, list):
-        base_model = base_model[0] if base_model else None
-    return (
-        base_model if isinstance(base_model, str) else None,
-        instance_prompt if isinstance(instance_prompt, str) else None,
-    )
+        return {}
+    said = {attribute: data.get(key) for attribute, key in CARD_KEYS.items()}
+    firsts = {name: value[0] if isinstance(value, list) and value else value for name, value in said.items()}
+    return {name: value for name, value in firsts.items() if isinstance(value, str)}
 
 
 def find_base_model(
-    given: str | None, revision: str | None, variant: str | None, concepts: Sequence[Concept]
+    given: str | None,
+    revision: str | None,
+    variant: str | None,
+    concepts: Sequence[Concept],
+    tokenizer: str | None = None,
 ) -> BaseModel:
     """The base model of the command line, or else the one that the concepts' cards name.
+
+    Args:
+        given, revision, variant, tokenizer: of the command line. What it leaves out of the last three is taken from a
+            card that names the same model.
 
     Raises:
         UserError: where none is known, the cards disagree, or there is no such folder.
     """
-    known = {concept.base_model: concept.source for concept in concepts if concept.base_model}
-    if given is None and len(known) > 1:
-        (one, its), (other, others) = list(known.items())[:2]
-        raise UserError(
-            f"{its!r} was trained on {one!r} and {others!r} on {other!r}; "
-            "if these are the same model, give --pretrained_model_name_or_path"
-        )
-    name = given or next(iter(known), None)
+    named = [concept for concept in concepts if concept.base_model is not None]
+    if given is None:
+        _check_agreement(named, "base_model", "--pretrained_model_name_or_path")
+    name = given or next((concept.base_model for concept in named), None)
     if name is None:
         raise UserError(f"the card of {concepts[0].source!r} names no base model: give --pretrained_model_name_or_path")
     if not Path(name).is_dir() and not is_hub_id(name):
         raise UserError(f"there is no base model folder {name!r}: give --pretrained_model_name_or_path")
-    return BaseModel(name, revision, variant)
+    same = [concept for concept in named if concept.base_model == name]
+    if revision is None:
+        revision = _check_agreement(same, "base_revision", "--revision")
+    if tokenizer is None:
+        tokenizer = _check_agreement(same, "base_tokenizer", "--tokenizer_name")
+    if variant is None and same:
+        variant = same[0].base_variant  # the same weights, in other files
+    return BaseModel(name, revision, variant, tokenizer)
+
+
+def _check_agreement(concepts: Sequence[Concept], attribute: str, flag: str) -> str | None:
+    """What all the concepts' cards say.
+
+    Raises:
+        UserError: where two say something else.
+    """
+    first: Concept | None = None
+    for concept in concepts:
+        first = first or concept
+        one, other = getattr(first, attribute), getattr(concept, attribute)
+        if one != other:
+            what = attribute.removeprefix("base_").replace("model", "base model")
+            raise UserError(
+                f"{first.source!r} was trained with the {what} {one!r} and {concept.source!r} with {other!r}; "
+                f"if these are the same, give {flag}"
+            )
+    return None if first is None else getattr(first, attribute)

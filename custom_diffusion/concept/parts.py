@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from custom_diffusion.concept.files import Concept, check_token_name
-from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS, class_words
+from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS, any_of, class_words, replace_words
 from custom_diffusion.errors import UserError
 
 
@@ -58,7 +58,7 @@ def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None
             tokens[name], words[name] = vector, next(remaining) if given_words is not None else known[token]
             if name != token:
                 print(f"{token} of {concept.source} is now {name}, because another concept has {token} too")
-        prompt = None if concept.instance_prompt is None else _rename(concept.instance_prompt, names)
+        prompt = None if concept.instance_prompt is None else replace_words(concept.instance_prompt, names)
         parts.append(Part(replace(concept, tokens=tokens, instance_prompt=prompt), words))
     return parts
 
@@ -93,19 +93,6 @@ def free_name(token: str, taken: set[str]) -> str:
     return token
 
 
-def _rename(text: str, names: Mapping[str, str]) -> str:
-    return _substitute(_any_of(names), names, text)
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """A pattern of them, the longest first: "cat face" has "cat" in it."""
-    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
-
-
-def _substitute(pattern: str, replacements: Mapping[str, str], text: str) -> str:
-    return re.sub(pattern, lambda match: replacements[match[0]], text)
-
-
 def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
     """Prompts of the part's concepts: alone, as training shows them, and those captions that name their classes.
 
@@ -119,10 +106,14 @@ def concept_prompts(part: Part, captions: Sequence[str]) -> list[str]:
         if words:
             phrases_of.setdefault(words, []).append(phrase)
     if phrases_of:
-        classes = rf"\b({_any_of(phrases_of)})\b"
+        classes = rf"\b({any_of(phrases_of)})\b"
         # Two tokens may be of one class: each gets its turn in every caption.
         for turn in range(max(map(len, phrases_of.values()))):
             chosen = {words: phrases[turn % len(phrases)] for words, phrases in phrases_of.items()}
-            named = [_substitute(classes, chosen, caption) for caption in captions]
+            named = [_put_in(chosen, classes, caption) for caption in captions]
             prompts += [prompt for prompt, caption in zip(named, captions, strict=True) if prompt != caption]
     return prompts
+
+
+def _put_in(phrases: Mapping[str, str], pattern: str, caption: str) -> str:
+    return re.sub(pattern, lambda match: phrases[match[0]], caption)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from custom_diffusion.concept.files import Concept
 
@@ -11,6 +12,16 @@ SMALL_WORDS = ("a far away ", "very small ")
 
 
 LARGE_WORDS = ("zoomed in ", "close up ")
+
+
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+    """A text with words replaced, all at once, and the longest first: "cat face" has "cat" in it."""
+    return re.sub(any_of(replacements), lambda match: replacements[match[0]], text) if replacements else text
+
+
+def any_of(words: Iterable[str]) -> str:
+    """A pattern that matches the words, the longest first."""
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
 def class_words(concept: Concept) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from custom_diffusion.concept.prompts import side_by_side
-from custom_diffusion.data.augmentation import draw_scale
+from custom_diffusion.data.augmentation import Augmentation, augmentation_pool, draw_augmentation
 from custom_diffusion.data.views import View
 
 
@@ -71,6 +71,7 @@ class SampleStream:
         self._instances_elsewhere = numbers_elsewhere(instance_images)
         self._class_images_elsewhere = numbers_elsewhere(class_images)
         self._order_of: tuple[int, np.ndarray] | None = None
+        self._pools: dict[int, list[Augmentation]] = {}
 
     def __len__(self) -> int:
         return max(len(self.instance_images), len(self.class_images))
@@ -93,7 +94,7 @@ class SampleStream:
         if self.class_images:
             number = index % len(self.class_images)
             class_image, class_prompt = (self._draw_class_image(number, random),), self.class_images[number][1]
-        instance, prompt = self._draw_instance(index % len(self.instance_images), random)
+        instance, prompt = self._draw_instance(epoch, index, random)
         return Sample((instance,), prompt, class_image, class_prompt, noise_seed)
 
     def drawn(self, positions: Iterable[int]) -> tuple[list[View], dict[str, list[str]]]:
@@ -128,15 +129,29 @@ class SampleStream:
         step = position // self.samples_per_step
         return bool(np.random.default_rng((self.seed, step, 3)).random() < self.cutmix_probability)
 
-    def _draw_instance(self, number: int, random: np.random.Generator) -> tuple[View, str]:
+    def _draw_instance(self, epoch: int, index: int, random: np.random.Generator) -> tuple[View, str]:
+        number = index % len(self.instance_images)
         path, prompt = self.instance_images[number]
-        if self.aug and self.variants is not None:
-            random = np.random.default_rng((self.seed, number, int(random.integers(self.variants)), 1))
-        flip = random.random() < self.flip_probability
-        scale, words = draw_scale(self.size, random) if self.aug else (self.size, "")
-        # Where there is no room, there is but one view of the image.
-        top, left = (0.0, 0.0) if scale == self.size else map(float, random.random(2))
-        return View(path, flip, scale, top, left), words + prompt
+        if not self.aug:
+            return self._draw_whole_instance(number, random), prompt
+        if self.variants is None:
+            drawn = draw_augmentation(self.size, self.flip_probability, random)
+        else:
+            drawn = self._draw_from_pool(epoch, index, self.variants)
+        return View(path, drawn.flip, drawn.scale, drawn.top, drawn.left), drawn.words + prompt
+
+    def _draw_from_pool(self, epoch: int, index: int, variants: int) -> Augmentation:
+        """One of the image's augmentations: all of them, in an order drawn at random, before one comes again."""
+        count = len(self.instance_images)
+        number = index % count
+        if number not in self._pools:
+            random = np.random.default_rng((self.seed, number, 0, 5))
+            self._pools[number] = augmentation_pool(variants, self.size, self.flip_probability, random)
+        # How often an epoch shows the image, and so how often it was shown before.
+        times = len(range(number, len(self), count))
+        rounds, place = divmod(epoch * times + index // count, variants)
+        order = np.random.default_rng((self.seed, number, rounds, 4)).permutation(variants)
+        return self._pools[number][order[place]]
 
     def _draw_whole_instance(self, number: int, random: np.random.Generator) -> View:
         return View(self.instance_images[number][0], random.random() < self.flip_probability, self.size, 0.0, 0.0)
@@ -169,7 +184,7 @@ class SampleStream:
     def _most_views(self) -> float:
         """How many views there can be, with all that prompts say about them."""
         if self.cutmix_probability:
-            return math.inf  # prompts of pairs go on being new when no view is
+            return math.inf  # pairs have new prompts long after the last new view
         flips = 2 if self.flip_probability else 1
         class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
         instance = flips if not self.aug else math.inf if self.variants is None else self.variants

@@ -17,6 +17,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.files import is_hub_id
 from custom_diffusion.models.families import Family, TextEncoder, family_of, text_models_of
 from custom_diffusion.models.recognizing import SINGLE_FILES, describe_file, describe_folder, missing_weights
+from custom_diffusion.models.vocabulary import limit_length
 from custom_diffusion.text import first_line
 
 INDEX_NAME = "model_index.json"
@@ -30,11 +31,19 @@ OTHER_SCHEDULERS = re.compile(
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where a base model is: folder or Hub id, with revision (of the Hub) and variant (of the files, such as fp16)."""
+    """Where a base model is.
+
+    Attributes:
+        name: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        variant: of the files, such as fp16.
+        tokenizer: folder or Hub id of another tokenizer than the model's own.
+    """
 
     name: str
     revision: str | None = None
     variant: str | None = None
+    tokenizer: str | None = None
 
     def load(self, loader: Callable[..., Any], subfolder: str | None = None, **options: Any) -> Any:
         """Call a ``from_pretrained`` or ``load_config`` on the model, or on the part of it in ``subfolder``.
@@ -85,6 +94,9 @@ class BaseModel:
     def pipeline(self, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
         """The whole pipeline; ``options`` go to ``from_pretrained``."""
         family = self.family()
+        if self.tokenizer is not None:
+            tokenizers = self.tokenizers(family)
+            options = {part.tokenizer: tokenizers[part.name] for part in family.text_encoders} | options
         pipeline = self.load(family.pipeline_class.from_pretrained, dtype=dtype, variant=self.variant, **options)
         for name, tokenizer in text_models_of(family, pipeline)[0].items():
             limit_length(tokenizer, getattr(pipeline, name).config)
@@ -107,6 +119,7 @@ class BaseModel:
         Raises:
             UserError: where one cannot be loaded, or does not fit its text encoder.
         """
+        other = other or self.tokenizer
         tokenizers = {}
         for part in family.text_encoders:
             if other is None:
@@ -152,12 +165,6 @@ class BaseModel:
             return {name: parameters[name].detach().clone() for name in names}
         except KeyError as error:
             raise UserError(f"the base model {self.name!r} has no {error.args[0]}: it is another model") from None
-
-
-def limit_length(tokenizer: Any, text_config: Any) -> Any:
-    """Let a tokenizer cut texts at the length that the text encoder reads, where its own files say nothing or more."""
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
-    return tokenizer
 
 
 def _other_tokenizer(name: str, revision: str | None) -> CLIPTokenizer:

@@ -71,9 +71,10 @@ def cut_off(text: str, tokenizer: Any) -> str:
     return text[encoded.offset_mapping[room][0] :].strip() if len(encoded.input_ids) > room else ""
 
 
-def limit_length(tokenizer: Any, text_encoder: Any) -> None:
-    """Let a tokenizer cut texts where the text encoder ends; some do not know, and would never cut."""
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+def limit_length(tokenizer: Any, text_config: Any) -> Any:
+    """Let a tokenizer cut texts at the length that the text encoder reads, where its own files say nothing or more."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    return tokenizer
 
 
 # --- adding --------------------------------------------------------------------------------------

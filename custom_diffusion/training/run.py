@@ -427,7 +427,7 @@ def resume(run: Run, path: Path | None) -> None:
             logger.warning(
                 f"{run.args.output_dir!r} holds checkpoints of an earlier run, up to {present[-1].name}; "
                 "this run starts afresh and replaces those of the same steps; "
-                "--resume_from_checkpoint=latest would go on"
+                "--resume_from_checkpoint=latest would continue it"
             )
         return
     state = path / STATE_NAME
