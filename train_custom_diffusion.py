@@ -109,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", type=positive_int, default=1,
         help="Passes over the images, where --max_train_steps is not given.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps: 250 for one concept, 500 for two.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1,
+        help="Batches per optimizer step. If not given, accelerate's configuration.")
     add("--gradient_checkpointing", **is_on, help="Less memory, slower steps.")
     add("--learning_rate", type=float, default=1e-5, help="Learning rate, before --scale_lr.")
     add("--scale_lr", **is_on,
@@ -226,7 +227,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
         parser.error(f"--report_to={args.report_to} records the command line, --hub_token with it: use `hf auth login`")
     if args.mixed_precision == "fp16" and not _has_cuda():
-        parser.error("--mixed_precision=fp16 needs a GPU, and there is none: use bf16 or leave it out")
+        parser.error("fp16 needs a GPU, and there is none: give --mixed_precision=bf16 or --mixed_precision=no")
     return args
 
 

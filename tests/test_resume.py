@@ -330,7 +330,11 @@ def test_processes_that_see_other_inputs_are_named(monkeypatch: pytest.MonkeyPat
         (("far", "checkpoint-2", mine | {"instance_contents": ["a", "x"]}), "other contents: 1.png"),
         (("far", "checkpoint-2", mine | {"class_images": [["0.jpg", "cat", "x"]]}), "contents: 0.jpg"),
         (("far", "checkpoint-2", mine | {"class_images": []}), "1 class images -> 0"),
-        (("far", "checkpoint-2", mine | {"instance_pictures": [["0.png", "a cat"]]}), "instance_pictures"),
+        (
+            ("far", "checkpoint-2", mine | {"instance_pictures": [["0.png", "a cat"], ["1.png", "a dog"]]}),
+            'instance images and prompts: no longer ["1.png", "a cat"], now ["1.png", "a dog"]',
+        ),
+        (("far", "checkpoint-2", mine | {"instance_pictures": [["0.png", "a cat"]] * 2}), 'no longer ["1.png"'),
         (("far", "checkpoint-2", mine | {"seed": 2}), "seed 1 -> 2"),
         (("far", None, dict(mine)), "checkpoint checkpoint-2 -> None"),
     ):

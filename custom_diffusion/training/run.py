@@ -141,7 +141,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"accelerate cannot be set up on this machine: {first_line(error)}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision=fp16 needs a GPU, and this run is on a CPU: use bf16 or leave it out")
+        raise UserError(
+            "fp16 needs a GPU, and this run is on a CPU: give --mixed_precision=bf16 or --mixed_precision=no"
+        )
     # Checkpoints hold what is trained, and the training script writes that; the frozen gigabytes stay where they are.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())

@@ -102,11 +102,21 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
             found.append(f"class images with other names, captions or contents: {_unequal(names, mine, other)}")
         elif name == "class_images":
             found.append(f"{len(other)} class images -> {len(mine)}")
+        elif name == "instance_pictures" and isinstance(other, list):
+            found.append(f"instance images and prompts: {_exchanged(mine, other)}")
         elif name == "starting_values":
             found.append("another base model of the same name, whose weights are different")
         else:
             found.append(f"{name} {_short(other)} -> {_short(mine)}")
     return found
+
+
+def _exchanged(mine: Sequence[Any], others: Sequence[Any]) -> str:
+    """Which images, with their prompts, there are no longer, and which there are now."""
+    gone, come = [one for one in others if one not in mine], [one for one in mine if one not in others]
+    texts = [f"{sign} {_short(one)}" for sign, some in (("no longer", gone), ("now", come)) for one in some[:2]]
+    more = len(gone) + len(come) - len(texts)
+    return ", ".join(texts) + (f" and {more} more" if more else "") if texts else "another order or number"
 
 
 def _unequal(names: Sequence[str], mine: Sequence[Any], others: Sequence[Any]) -> str:
