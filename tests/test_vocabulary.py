@@ -33,7 +33,7 @@ def message(words: list[str], tokenizer: CLIPTokenizer, whose: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    ("word", "form"), [("cat", ""), ("Cat", " as 'cat'"), ("CAT", " as 'cat'"), ("TION", " as 'tion'")]
+    ("word", "form"), [("cat", ""), ("Cat", ", as 'cat'"), ("CAT", ", as 'cat'"), ("TION", ", as 'tion'")]
 )
 def test_a_word_of_the_language_in_any_case(word: str, form: str, tokenizer: CLIPTokenizer) -> None:
     # "cat</w>" is a word and "tion" an end of words: both would be replaced in every prompt.
@@ -46,7 +46,7 @@ def test_a_word_of_the_language_in_any_case(word: str, form: str, tokenizer: CLI
 )
 def test_two_words_that_the_tokenizer_reads_alike(one: str, other: str, tokenizer: CLIPTokenizer) -> None:
     said = message([one, other], tokenizer)
-    assert repr(one) in said and repr(other) in said and "are one to the tokenizer" in said
+    assert repr(one) in said and repr(other) in said and "are the same word to the tokenizer" in said
     add_words(tokenizer, [one])
     message([other], tokenizer)
 
