@@ -1,7 +1,7 @@
-"""Bring real class images with their captions: ``python retrieve.py --class_prompt cat``.
+"""Get real class images with their captions: ``python retrieve.py --class_prompt cat``.
 
-Prior preservation on real images gives Custom Diffusion's best results. Candidates come from a source, are
-fetched, checked and kept by the modules of retrieval/; here is what the user says, and what is done with it.
+Prior preservation on real images gives Custom Diffusion's best results. Candidates come from a source, are fetched,
+checked and kept by the modules of custom_diffusion/retrieval; here is what the user says, and what is done with it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from custom_diffusion.command_line import HelpFormatter, parse_with_config, positive_number, run, switch, whole_number
+from custom_diffusion.command_line import (
+    HelpFormatter,
+    number_from_zero,
+    parse_with_config,
+    positive_number,
+    run,
+    switch,
+    whole_number,
+)
 from custom_diffusion.data.concept_list import read_classes
 from custom_diffusion.errors import UserError
 from custom_diffusion.retrieval.clip_retrieval import ClipRetrieval
-from custom_diffusion.retrieval.filling import retrieve, user_agent, warn
-from custom_diffusion.retrieval.own_files import HubDataset, LocalFiles
+from custom_diffusion.retrieval.filling import retrieve, user_agent
+from custom_diffusion.retrieval.host_limits import HostLimits
+from custom_diffusion.retrieval.hub_dataset import HubDataset
+from custom_diffusion.retrieval.local_files import LocalFiles
 from custom_diffusion.retrieval.public import OPENVERSE_URL, WIKIMEDIA_URL, Openverse, WikimediaCommons
 from custom_diffusion.retrieval.sources import Several, Source
 
-# Pillow gives the memory of every image back to the system and takes it anew; keeping some of it is twice as fast.
+# Pillow gives the memory of every image back to the system and asks for it again; keeping some of it is twice as fast.
 os.environ.setdefault("PILLOW_BLOCKS_MAX", "8")
 
-
 SOURCES = ("openverse", "wikimedia", "clip-retrieval", "local", "dataset")
-
 
 # Flags that mean something to some sources only: elsewhere they would be ignored in silence.
 FLAGS_OF_SOURCES = {
@@ -46,7 +54,6 @@ FLAGS_OF_SOURCES = {
     "caption_column": ("dataset",),
 }
 
-
 EPILOG = """examples:
   200 openly licensed photographs of cats from the web, into real_reg/samples_cat:
     python retrieve.py --class_prompt cat
@@ -59,9 +66,9 @@ EPILOG = """examples:
   from a dataset of the Hugging Face Hub:
     python retrieve.py --class_prompt cat --source dataset --path user/dataset
 
-Interrupted, the same command goes on where it stopped. Delete the images that you do not like (contact_sheet.jpg
-shows all of them) and run it again: others take their places. OPENVERSE_URL and WIKIMEDIA_URL in the environment name
-other addresses for the two public services, such as a proxy of your institution.
+After an interruption, the same command continues where it stopped. Delete the images that you do not like
+(contact_sheet.jpg shows all of them) and run it again: others take their places. OPENVERSE_URL and WIKIMEDIA_URL in the
+environment name other addresses for the two public services, such as a proxy of your institution.
 """
 
 
@@ -69,7 +76,7 @@ other addresses for the two public services, such as a proxy of your institution
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Bring real images of a class, with captions, for training with --real_prior.",
+        description="Get real images of a class, with captions, for training with --real_prior.",
         usage="%(prog)s --class_prompt cat [--class_data_dir FOLDER] [--num_class_images 200] [more options: --help]",
         epilog=EPILOG,
         formatter_class=type("Formatter", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
@@ -105,10 +112,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_size", type=whole_number(1), default=256, help="Shortest side in pixels that an image must have.")
     add("--max_size", type=whole_number(0), default=1024,
         help="Images with a longer shortest side are made smaller; 0 keeps them. Training reads each many times.")
+    add("--near_duplicate_tolerance", type=number_from_zero, default=1.0,
+        help="How much near-duplicates may differ, of which only the first is kept: 1 is what saving again, resizing "
+        "and cropping by 3 %% change; more leaves out images that are less alike, and 0 exact copies only.")
 
     add = parser.add_argument_group("downloads").add_argument
     add("--connections", type=whole_number(1), default=64, help="Downloads side by side.")
-    add("--timeout", type=positive_number, default=30.0, help="Seconds that one image may take, retries included.")
+    add("--timeout", type=positive_number, default=30.0, help="Seconds that one image may take, retries included. "
+        "Images of a host that asks for a longer pause are left for later.")
     add("--max_megabytes", type=positive_number, default=20.0, help="Longer files are left out.")
     add("--max_megapixels", type=positive_number, default=50.0, help="Larger images are left out.")
     add("--private_host", action="append", default=[], metavar="HOST",
@@ -160,17 +171,21 @@ def make_source(args: argparse.Namespace) -> Source:
     Raises:
         UserError: where it cannot be one.
     """
+    limits = HostLimits()
+    sources = ("openverse", "wikimedia") if args.source is None else (args.source,)
+    return Several([one_source(name, args, limits) for name in sources], limits)
+
+
+def one_source(name: str, args: argparse.Namespace, limits: HostLimits) -> Source:
+    """The source of one name in :data:`SOURCES`."""
     agent = user_agent(args.contact)
-    public = {
-        "openverse": (Openverse, args.url or os.environ.get("OPENVERSE_URL") or OPENVERSE_URL),
-        "wikimedia": (WikimediaCommons, args.url or os.environ.get("WIKIMEDIA_URL") or WIKIMEDIA_URL),
-    }
-    if args.source is None:
-        return Several([kind(agent, url, args.min_size) for kind, url in public.values()], warn)
-    if args.source in public:
-        kind, url = public[args.source]
-        return kind(agent, url, args.min_size)
-    if args.source == "clip-retrieval":
+    if name == "openverse":
+        url = args.url or os.environ.get("OPENVERSE_URL") or OPENVERSE_URL
+        return Openverse(agent, url, args.min_size, limits)
+    if name == "wikimedia":
+        url = args.url or os.environ.get("WIKIMEDIA_URL") or WIKIMEDIA_URL
+        return WikimediaCommons(agent, url, args.min_size, limits, bool(args.contact))
+    if name == "clip-retrieval":
         return ClipRetrieval(
             args.url,
             agent,
@@ -179,14 +194,15 @@ def make_source(args: argparse.Namespace) -> Source:
             args.aesthetic_score,
             args.aesthetic_weight,
             args.deduplicate,
+            limits,
         )
-    if args.source == "local":
+    if name == "local":
         return LocalFiles(args.path, args.words, int(args.max_megabytes * 2**20))
     return HubDataset(args.path, args.words, args.split, args.config_name, args.image_column, args.caption_column)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Bring the images of every class; exits non-zero where a class has too few."""
+    """Get the images of every class; exits non-zero where a class has too few."""
     args = parse_args(argv)
     # Batch systems end a job this way: what was found by then should be in the lists.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

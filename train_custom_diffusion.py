@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", **is_on, help="Also train on class images, so that the class keeps its look.")
-    add("--real_prior", **is_on, help="The class images are real ones with captions, as retrieve.py brings them.")
+    add("--real_prior", **is_on, help="The class images are real ones with captions, as retrieve.py collects them.")
     add("--class_data_dir", help="Folder of class images; without --real_prior, missing ones are generated into it.")
     add("--class_prompt", help="Prompt of the class, such as 'cat'.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--enable_xformers_memory_efficient_attention", **is_on,
         help="xFormers' attention; needs a CUDA GPU and pip install '.[xformers]'.")
     add("--no_latent_cache", **is_on,
-        help="Encode the images anew at every step, each time augmented anew, rather than once before the first.")
+        help="Augment and encode the images at every step, rather than once before the first.")
     add("--latent_variants", type=positive_int, default=20,
         help="How many augmentations of each instance image there are to draw from, without --no_latent_cache; "
         "with --noaug nothing is approximated.")
@@ -151,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints are kept.")
     add("--overwrite", **is_on, help="Replace another run that --output_dir holds; otherwise that is an error.")
     add("--resume_from_checkpoint",
-        help="Checkpoint in --output_dir to go on from, such as 'checkpoint-250', or 'latest'.")
+        help="Checkpoint in --output_dir to continue from, such as 'checkpoint-250', or 'latest'.")
     add("--validation_prompt", help="Prompt of images that show the progress, such as '<new1> cat in a bucket'.")
     add("--num_validation_images", type=int, default=2, help="How many of them.")
     add("--validation_steps", type=positive_int, default=50, help="Steps between them.")
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens, initializers = parse_modifier_tokens(args)
     instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
-    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, args.max_train_steps)
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
     configuration = read_configuration(base_model, args.resolution)
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)

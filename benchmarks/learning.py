@@ -1,4 +1,4 @@
-"""Is a concept really learned? Figures on the base model of `base/`, each beside its control.
+"""Is a concept learned? Figures on the base model of `base/`, each beside its control.
 
     python -m benchmarks.learning --seeds 11 12 13
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0

@@ -94,7 +94,7 @@ def side_by_side(url: str, number: int, folder: Path) -> float:
 
 def main() -> None:
     """Measure both, and print a table."""
-    parser = argparse.ArgumentParser(description="Measure how many images per second retrieve.py brings.")
+    parser = argparse.ArgumentParser(description="Measure how many images per second retrieve.py collects.")
     parser.add_argument("--number", type=int, default=600, help="Images to retrieve.")
     parser.add_argument("--side", type=int, default=512, help="Side of the images in pixels.")
     parser.add_argument("--latency", type=float, default=0.1, help="Seconds that the server takes for each.")

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import read_text, write_whole
+from custom_diffusion.files import read_text, write_bytes
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -125,7 +125,7 @@ def save_config(args: argparse.Namespace, path: Path) -> None:
     Raises:
         OSError: where it cannot be written.
     """
-    write_whole(path, lambda file: file.write(config_text(args)))
+    write_bytes(path, config_text(args))
 
 
 def whole_number(least: int) -> Any:
@@ -146,6 +146,14 @@ def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def number_from_zero(text: str) -> float:
+    """An argparse type: a finite number, 0 or above."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 

@@ -380,7 +380,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_damaged_latents_are_made_anew(encoded: Path, base_model: Path, tmp_path: Path, train_here: Train) -> None:
+def test_damaged_latents_are_encoded_again(encoded: Path, base_model: Path, tmp_path: Path, train_here: Train) -> None:
     before, weights = kept(encoded), learned(encoded)
     paths = sorted((encoded / "latents").iterdir())
     paths[0].write_bytes(paths[0].read_bytes()[:-9])

@@ -1,4 +1,4 @@
-"""A concept is really learned: on the base model that ships with the project, with its recipe, against controls.
+"""A concept is learned: on the base model that ships with the project, with its recipe, against controls.
 
 Seeds are others than those by which model and recipe were chosen. `python -m benchmarks.learning` prints the figures.
 """

@@ -36,7 +36,8 @@ def read_captions(path: Path, count: int) -> list[str]:
     captions = list(dict.fromkeys(line for line in lines if line))
     if not captions:
         raise UserError(f"--captions {str(path)!r} has no captions")
-    return [captions[number * len(captions) // count] for number in range(min(count, len(captions)))]
+    count = min(count, len(captions))
+    return [captions[number * len(captions) // count] for number in range(count)]
 
 
 @dataclass(frozen=True)

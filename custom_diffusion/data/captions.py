@@ -1,4 +1,4 @@
-"""Captions of single images, and datasets of the Hub."""
+"""Captions of single images."""
 
 from __future__ import annotations
 
@@ -6,68 +6,16 @@ import csv
 import io
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import read_text
-from custom_diffusion.text import first_line
 
 CAPTION_ENDINGS = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of an image folder's metadata, the first that there is
-
-
-def dataset_folder(name: str, cache: Path) -> Path:
-    """Bring the images of a Hugging Face dataset into a folder, with their captions beside them.
-
-    Args:
-        name: the dataset's id on the Hub, ``owner/name`` or ``owner/name@revision``; its split ``train`` is taken.
-        cache: where the folder is made; one that is there from an earlier run is used again.
-
-    Raises:
-        UserError: where the package ``datasets`` or the dataset is missing, or it has no images.
-    """
-    folder = cache / name.replace("/", "--")
-    if folder.is_dir():
-        return folder
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"there is no folder {name!r} (instance_data_dir); to take it for a dataset on the Hub, "
-            'pip install ".[datasets]"'
-        ) from error
-    repository, _, revision = name.partition("@")
-    try:
-        rows = datasets.load_dataset(repository, split="train", revision=revision or None)
-    except Exception as error:  # datasets, the Hub client and pyarrow raise their own errors
-        reason = first_line(error)
-        raise UserError(
-            f"there is no folder {name!r} (instance_data_dir), and no such dataset with a split 'train' on the Hub: "
-            f"{reason}"
-        ) from error
-    image = next((column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if image is None:
-        raise UserError(f"the dataset {name!r} (instance_data_dir) has no column of images: {', '.join(rows.features)}")
-    caption = next((column for column in CAPTION_COLUMNS if column in rows.features), None)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix="."))
-    for number, row in enumerate(rows):
-        row[image].save(temporary / f"{number:05d}.png")
-        if caption is not None and row[caption]:
-            (temporary / f"{number:05d}.txt").write_text(str(row[caption]), encoding="utf-8")
-    # Under its name only when it is complete; another process of the same run may have been first.
-    try:
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not folder.is_dir():
-            raise
-    return folder
 
 
 def is_caption_file(path: Path) -> bool:

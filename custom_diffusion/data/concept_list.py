@@ -12,8 +12,8 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from custom_diffusion.data.captions import dataset_folder
 from custom_diffusion.data.class_image_folders import ClassImageFolder, check_class_folders
+from custom_diffusion.data.hub_datasets import dataset_folder
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import is_hub_id, read_text
 from custom_diffusion.text import one_line

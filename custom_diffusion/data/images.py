@@ -11,9 +11,9 @@ from PIL import Image
 
 from custom_diffusion.data.captions import find_captions, is_caption_file
 from custom_diffusion.data.class_image_folders import RECORD_NAME, ClassImageFolder, distinct_folders
+from custom_diffusion.data.class_lists import read_lists
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import read_text
 from custom_diffusion.images import readable_images
 
 logger = logging.getLogger("custom_diffusion")
@@ -68,7 +68,7 @@ def find_class_images(
             left_out.add("texts, since class images have the class prompt", texts)
             continue
         command = _retrieve_command(folder, num_class_images)
-        captions = dict(_retrieved_images(folder.path, command))
+        captions = dict(read_lists(folder.path, f"get real class images with: {command}"))
         images, bad = _readable(list(captions), num_class_images)
         left_out.add_unreadable(bad)
         if len(images) < num_class_images:
@@ -149,29 +149,3 @@ def _readable(paths: Sequence[Path], most: int | None) -> tuple[list[Path], list
 def _retrieve_command(folder: ClassImageFolder, num_class_images: int) -> str:
     command = ["python", "retrieve.py", "--class_prompt", folder.class_prompt]
     return shlex.join([*command, "--class_data_dir", str(folder.path), "--num_class_images", str(num_class_images)])
-
-
-def _retrieved_images(folder: Path, command: str) -> list[tuple[Path, str]]:
-    """Paths and captions as retrieve.py leaves them: line k of images.txt belongs to line k of caption.txt."""
-    lines = {}
-    for name in ("images.txt", "caption.txt"):
-        try:
-            # Not splitlines(): it also breaks at characters that captions of the web do hold, such as U+2028.
-            lines[name] = read_text(folder / name).removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{str(folder / name)!r} cannot be read; get real class images with: {command}") from error
-    if len(lines["images.txt"]) != len(lines["caption.txt"]):
-        raise UserError(
-            f"in {str(folder)!r} images.txt has {len(lines['images.txt'])} lines and caption.txt has "
-            f"{len(lines['caption.txt'])}: captions would go to the wrong images; get them anew with: {command}"
-        )
-    pairs = zip(lines["images.txt"], lines["caption.txt"], strict=True)
-    return [
-        (_retrieved_path(folder, name.rstrip("\r")), caption.rstrip("\r")) for name, caption in pairs if name.strip()
-    ]
-
-
-def _retrieved_path(folder: Path, name: str) -> Path:
-    # images.txt holds paths as seen from where retrieve.py ran; a folder that was moved still has its images/.
-    path = Path(name)
-    return path if path.is_file() else folder / "images" / path.name

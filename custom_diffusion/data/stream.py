@@ -184,7 +184,7 @@ class SampleStream:
     def _most_views(self) -> float:
         """How many views there can be, with all that prompts say about them."""
         if self.cutmix_probability:
-            return math.inf  # prompts of pairs go on being new when no view is
+            return math.inf  # pairs have new prompts long after the last new view
         flips = 2 if self.flip_probability else 1
         class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
         instance = flips if not self.aug else math.inf if self.variants is None else self.variants

@@ -7,11 +7,11 @@ import os
 import threading
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from custom_diffusion.images import load_image, open_image
-from custom_diffusion.retrieval.download import Refused
+from custom_diffusion.retrieval.fingerprints import Fingerprint
+from custom_diffusion.retrieval.sources import Refused
 
 # What the web serves as images. Pillow reads much more, some of it by running other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -19,15 +19,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image that was decoded whole: its JPEG, and a fingerprint that near-duplicates share (almost)."""
+    """An image that was decoded whole.
+
+    Attributes:
+        jpeg: the image as it is kept.
+        fingerprint: what near-duplicates are found by.
+    """
 
     jpeg: bytes
-    fingerprint: int
-
-
-# Fingerprints have 256 bits. Saving again, resizing and slight crops change some 20 of them, and two photographs of
-# one thing differ in 85 or more.
-NEAR_DUPLICATE_BITS = 32
+    fingerprint: Fingerprint
 
 
 # Each decoded image takes memory: as many at a time as there are cores is as fast as all at once.
@@ -61,7 +61,7 @@ def check_image(data: bytes, min_size: int, max_size: int, max_pixels: float) ->
             reduction = max_size / min(width, height) if max_size else 1.0
             if reduction < 1:
                 image = image.resize([max(1, round(side * reduction)) for side in image.size], Image.Resampling.LANCZOS)
-            return CheckedImage(data if is_jpeg and reduction >= 1 else _as_jpeg(image), fingerprint(image))
+            return CheckedImage(data if is_jpeg and reduction >= 1 else _as_jpeg(image), Fingerprint.of(image))
     except Refused:
         raise
     except UnidentifiedImageError as error:
@@ -81,11 +81,3 @@ def _as_jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=95)
     return file.getvalue()
-
-
-def fingerprint(image: Image.Image) -> int:
-    """Difference hash of 256 bits: where brightness rises from left to right in a 17 x 16 version of the image."""
-    small = image.resize((8 * 17, 8 * 16), Image.Resampling.BOX, reducing_gap=2.0)
-    # As floats: rounded to whole greys, even areas would give bits at random.
-    pixels = np.asarray(small.convert("F").resize((17, 16), Image.Resampling.BOX))
-    return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")

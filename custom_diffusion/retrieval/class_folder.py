@@ -1,21 +1,27 @@
-"""The images of one class: checking an image before it counts, and keeping it on disk so that nothing gets lost."""
+"""The images of one class on disk, kept so that nothing gets lost."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from custom_diffusion.data.class_lists import LISTS, lines_of, without_blank_end, write_lists
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import write_whole
 from custom_diffusion.images import contact_sheet, load_image, write_image
-from custom_diffusion.retrieval.checking import NEAR_DUPLICATE_BITS, CheckedImage, fingerprint
+from custom_diffusion.retrieval.checking import CheckedImage
+from custom_diffusion.retrieval.fingerprints import Fingerprint, SeenImages
 from custom_diffusion.retrieval.sources import Candidate
 from custom_diffusion.text import one_line
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows, where two runs in one folder are not kept apart
@@ -26,23 +32,23 @@ class ClassFolder:
     """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
 
     ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
-    that goes on starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
+    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
     under a hidden name first, then its line, and then it gets its name: whenever a run is killed, the next one knows
     what to finish.
 
     Args:
         path: the folder; made if it is not there.
         class_prompt: what the images show.
+        near_duplicate_tolerance: how different near-duplicates may be; see :class:`SeenImages`.
 
     Raises:
         UserError: where the folder cannot be used, holds another class, or what no list names.
     """
 
-    LISTS = ("caption.txt", "urls.txt", "images.txt")
-
-    def __init__(self, path: Path, class_prompt: str) -> None:
+    def __init__(self, path: Path, class_prompt: str, near_duplicate_tolerance: float = 1.0) -> None:
         self.path = path
         self.class_prompt = class_prompt
+        self.near_duplicate_tolerance = near_duplicate_tolerance
         self.images_path = path / "images"
         self._made = [folder for folder in (self.images_path, path, *path.parents) if not folder.exists()]
         try:
@@ -75,10 +81,24 @@ class ClassFolder:
 
     def has_near_duplicate(self, image: CheckedImage) -> bool:
         """Whether an image like this one was taken before."""
-        return any(
-            (image.fingerprint ^ int(record["fingerprint"], 16)).bit_count() <= NEAR_DUPLICATE_BITS
-            for record in self.records
-        )
+        return self._seen.has_near_duplicate(image.fingerprint)
+
+    @functools.cached_property
+    def _seen(self) -> SeenImages:
+        seen = SeenImages(self.near_duplicate_tolerance)
+        with ThreadPoolExecutor() as pool:
+            for fingerprint in pool.map(self._fingerprint, self.records):
+                seen.add(fingerprint)
+        return seen
+
+    def _fingerprint(self, record: dict[str, Any]) -> Fingerprint:
+        """The fingerprint of a record; one by an older version is taken from its image, if that is still there."""
+        if not record.get("thumbnail") and (path := self._image(record)).is_file():
+            try:
+                return Fingerprint.of(load_image(path))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                pass  # something that somebody has put in the place of an image
+        return Fingerprint.read(record["fingerprint"], record.get("thumbnail", ""))
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -89,14 +109,17 @@ class ClassFolder:
             "caption": one_line(candidate.caption) or self.class_prompt,
             "url": one_line(candidate.origin),
             "class_prompt": self.class_prompt,
-            "fingerprint": f"{image.fingerprint:064x}",
+            # What people look for comes before what is for this program.
+            **candidate.credit,
+            **_marks(image.fingerprint),
         }
+        self._seen.add(image.fingerprint)
         hidden = self._hidden(record)
         with hidden.open("wb") as file:
             file.write(image.jpeg)
             file.flush()
             os.fsync(file.fileno())
-        self._write(_as_line(record | candidate.credit))
+        self._write(journal_line(record))
         self.records.append(record)
         hidden.rename(self._image(record))
 
@@ -115,18 +138,8 @@ class ClassFolder:
         return number
 
     def write_lists(self) -> None:
-        """Bring the lists up to date; those that are up to date are not touched."""
-        records = self.kept()
-        lines = {
-            "caption.txt": [record["caption"] for record in records],
-            "urls.txt": [record["url"] for record in records],
-            "images.txt": [self._image(record).as_posix() for record in records],
-        }
-        for name in self.LISTS:
-            content = "".join(f"{line}\n" for line in lines[name]).encode()
-            path = self.path / name
-            if not path.is_file() or path.read_bytes() != content:
-                write_whole(path, lambda file, content=content: file.write(content))
+        """Bring the lists that training reads up to date; those that are up to date are not touched."""
+        write_lists(self.path, [(self._image(record), record["caption"], record["url"]) for record in self.kept()])
 
     def write_contact_sheet(self, columns: int = 10, most: int = 400) -> Path:
         """All images (or the first ones of very many) small on one."""
@@ -174,10 +187,12 @@ class ClassFolder:
             self._journal.truncate(len(whole))
         records = []
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            if not line.strip():  # from a text editor
+                continue
             try:
                 record = json.loads(line)
                 is_whole = all(isinstance(record[name], str) for name in ("file", "caption", "url", "class_prompt"))
-                int(record["fingerprint"], 16)
+                Fingerprint.read(record["fingerprint"], record.get("thumbnail", ""))
             except (ValueError, TypeError, KeyError, RecursionError):
                 is_whole = False
             if not is_whole or not re.fullmatch(r"\d{1,9}\.\w{1,5}", record["file"]):
@@ -202,22 +217,22 @@ class ClassFolder:
 
     def _adopt(self) -> None:
         """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""
-        present = [self.path / name for name in self.LISTS if (self.path / name).is_file()]
+        present = [self.path / name for name in LISTS if (self.path / name).is_file()]
         images = [path for path in self.images_path.iterdir() if not path.name.startswith(".")]
         if not present and not images:
             return
-        lines = [path.read_text("utf-8", "replace").removesuffix("\n").split("\n") for path in present]
-        if len(present) < len(self.LISTS) or len({len(entries) for entries in lines}) > 1:
+        lists = without_blank_end([lines_of(path.read_bytes().decode("utf-8", "replace")) for path in present])
+        if len(present) < len(LISTS) or len({len(lines) for lines in lists}) > 1:
             raise UserError(
-                f"{str(self.path)!r} holds images whose lists ({', '.join(self.LISTS)}) are missing or do not belong "
+                f"{str(self.path)!r} holds images whose lists ({', '.join(LISTS)}) are missing or do not belong "
                 "together: give another --class_data_dir, or empty this one"
             )
-        for caption, url, image in zip(*lines, strict=True):
+        for caption, url, image in zip(*lists, strict=True):
             path = self.images_path / Path(image.strip()).name
             if not re.fullmatch(r"\d{1,9}\.\w{1,5}", path.name) or not path.is_file():
                 continue
             try:
-                mark = fingerprint(load_image(path))
+                fingerprint = Fingerprint.of(load_image(path))
             except Exception:  # the example keeps whatever a server has sent
                 continue
             self.records.append(
@@ -226,13 +241,19 @@ class ClassFolder:
                     "caption": one_line(caption) or self.class_prompt,
                     "url": one_line(url),
                     "class_prompt": self.class_prompt,
-                    "fingerprint": f"{mark:064x}",
+                    **_marks(fingerprint),
                 }
             )
-        self._write(b"".join(map(_as_line, self.records)))
+        self._write(b"".join(map(journal_line, self.records)))
 
 
-def _as_line(record: dict[str, Any]) -> bytes:
+def _marks(fingerprint: Fingerprint) -> dict[str, str]:
+    bits, small = fingerprint.written()
+    return {"fingerprint": bits, "thumbnail": small}
+
+
+def journal_line(record: dict[str, Any]) -> bytes:
+    """A record as a line of ``sources.jsonl``."""
     return json.dumps(record, ensure_ascii=True).encode() + b"\n"
 
 

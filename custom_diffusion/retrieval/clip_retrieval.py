@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 from custom_diffusion.errors import UserError
+from custom_diffusion.retrieval.host_limits import HostLimits
 from custom_diffusion.retrieval.services import Service, told_by
 from custom_diffusion.retrieval.sources import Candidate, Source, SourceError
 from custom_diffusion.retrieval.words import text_or_empty
@@ -24,6 +26,7 @@ class ClipRetrieval(Source):
         modality: "image" searches images, "text" captions.
         aesthetic_score, aesthetic_weight: prefer images that people like; nothing where the service cannot.
         deduplicate: let the service leave out near-duplicates.
+        limits: of hosts, where others ask the same ones.
     """
 
     # The service gets slow beyond this, and what it finds there has little to do with the prompt.
@@ -38,10 +41,11 @@ class ClipRetrieval(Source):
         aesthetic_score: int = 9,
         aesthetic_weight: float = 0.1,
         deduplicate: bool = True,
+        limits: HostLimits | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(limits)
         base = url.rstrip("/").removesuffix("/knn-service")
-        self.service = Service("the clip-retrieval service", base, user_agent)
+        self.service = Service("the clip-retrieval service", base, user_agent, limits=self.limits)
         self.hosts = (self.service.host,)
         self.indice_name = indice_name
         self.query = {
@@ -64,7 +68,7 @@ class ClipRetrieval(Source):
         """See :class:`Source`. Asks for more and more, as an answer has a fixed length and many dead links."""
         if self.indice_name is not None:
             self._check_index()
-        known: set[tuple[str, str] | str] = set()
+        known: set[tuple[str, ...]] = set()
         number = max(16, wanted + wanted // 2)
         while True:
             entries = self._ask(class_prompt, number)
@@ -80,10 +84,8 @@ class ClipRetrieval(Source):
     def _check_index(self) -> None:
         names = self.service.get("/indices-list", {})
         if isinstance(names, list) and self.indice_name not in names:
-            raise UserError(
-                f"{self.service.name} at {self.service.url} has no index {self.indice_name!r}, "
-                f"but: {one_line(', '.join(map(str, names)))}"
-            )
+            has = f", but: {one_line(', '.join(map(str, names)))}" if names else ""
+            raise UserError(f"{self.service.name} at {self.service.url} has no index {self.indice_name!r}{has}")
 
     def _ask(self, class_prompt: str, number: int) -> list[Any]:
         query = {"text": class_prompt, "num_images": number, "num_result_ids": number} | self.query
@@ -96,8 +98,9 @@ class ClipRetrieval(Source):
     def _candidate(self, entry: Any) -> Iterator[Candidate]:
         entry = entry if isinstance(entry, dict) else {}
         address, caption = text_or_empty(entry.get("url")).strip(), text_or_empty(entry.get("caption"))
-        origin = address or f"{self.service.url}/knn-service#id={one_line(str(entry.get('id')))}"
         image = _decode_base64(text_or_empty(entry.get("image")))
+        mark = f"id={entry.get('id')}" if entry.get("id") is not None else f"image={_digest(image)}"
+        origin = address or f"{self.service.url}/knn-service#{one_line(mark)}"
         if image:
             yield Candidate(origin, caption, image=image)
         elif address:
@@ -106,8 +109,16 @@ class ClipRetrieval(Source):
             self.left_out["neither address nor image"] += 1
 
 
-def _identity(entry: Any) -> tuple[str, str] | str:
-    return (str(entry.get("id")), text_or_empty(entry.get("url"))) if isinstance(entry, dict) else str(entry)
+def _identity(entry: Any) -> tuple[str, ...]:
+    """What tells an entry from others when the same question is asked again."""
+    if not isinstance(entry, dict):
+        return (str(entry),)
+    image = text_or_empty(entry.get("image")) if entry.get("id") is None else ""
+    return str(entry.get("id")), text_or_empty(entry.get("url")), _digest(image.encode("utf-8", "replace"))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _decode_base64(text: str) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +16,9 @@ from custom_diffusion.command_line import CONFIG_NAME, config_text, save_config
 from custom_diffusion.errors import UserError
 from custom_diffusion.retrieval.checking import CheckedImage, check_image
 from custom_diffusion.retrieval.class_folder import ClassFolder
-from custom_diffusion.retrieval.download import Downloader, Refused
-from custom_diffusion.retrieval.sources import Candidate, Source, SourceError
+from custom_diffusion.retrieval.download import Downloader
+from custom_diffusion.retrieval.messages import duration, note, warn
+from custom_diffusion.retrieval.sources import Candidate, Postponed, Refused, Source, SourceError, until_waiting
 from custom_diffusion.text import one_line
 
 
@@ -27,16 +27,19 @@ def user_agent(contact: str) -> str:
     return f"custom-diffusion-retrieve/1.0 (class images for fine-tuning{'; ' * bool(contact)}{contact})"
 
 
-def warn(message: str) -> None:
-    """Say something beside the progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
 @dataclass
 class Outcome:
-    """What a run has left out and why, what went wrong with the source, if anything, and whether it kept an image."""
+    """What became of the candidates of a run.
+
+    Attributes:
+        left_out: why candidates were left out, and how many.
+        postponed: the hosts that want a long pause, and the seconds that they want.
+        trouble: what went wrong with the source, if anything.
+        has_kept: whether the run has kept an image.
+    """
 
     left_out: Counter[str] = field(default_factory=Counter)
+    postponed: dict[str, float] = field(default_factory=dict)
     trouble: str | None = None
     has_kept: bool = False
 
@@ -49,20 +52,14 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
     """
     outcome = Outcome()
     source.left_out = outcome.left_out
-    downloader = Downloader(
-        user_agent(args.contact),
-        args.timeout,
-        int(args.max_megabytes * 2**20),
-        [*source.hosts, *args.private_host],
-        source.per_host,
-    )
+    downloader = _downloader(source, args)
 
     def prepare(candidate: Candidate) -> CheckedImage:
-        data = downloader.fetch(candidate.address) if candidate.image is None else candidate.image
+        data = downloader.fetch(candidate.address or "") if candidate.image is None else candidate.image
         return check_image(data, args.min_size, args.max_size, args.max_megapixels * 1e6)
 
     have = len(folder.kept())
-    candidates = _unknown(source.candidates(folder.class_prompt, args.num_class_images), folder, outcome)
+    candidates = _unknown(source.candidates(folder.class_prompt, args.num_class_images), folder, source, outcome)
     first = next(candidates, None)
     if first is None:
         return outcome
@@ -92,6 +89,18 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
     return outcome
 
 
+def _downloader(source: Source, args: argparse.Namespace) -> Downloader:
+    return Downloader(
+        user_agent(args.contact),
+        args.timeout,
+        int(args.max_megabytes * 2**20),
+        [*source.hosts, *args.private_host],
+        source.per_host,
+        source.limits,
+        source.contact_hosts,
+    )
+
+
 def _in_order(
     candidates: Iterator[Candidate],
     prepare: Callable[[Candidate], CheckedImage],
@@ -110,17 +119,22 @@ def _in_order(
             return
 
 
-def _unknown(candidates: Iterator[Candidate], folder: ClassFolder, outcome: Outcome) -> Iterator[Candidate]:
+def _unknown(
+    candidates: Iterator[Candidate], folder: ClassFolder, source: Source, outcome: Outcome
+) -> Iterator[Candidate]:
     """Candidates of origins that were not seen before; an error of the source is kept for the end."""
-    taken, seen = {record["url"] for record in folder.records}, set()
+    kept = {record["url"] for record in folder.kept()}
+    deleted, seen = {record["url"] for record in folder.records} - kept, set()
     try:
-        for candidate in candidates:
+        for candidate in until_waiting(candidates, source.limits):
             origin = one_line(candidate.origin)
             if origin in seen:
                 outcome.left_out["the same address again"] += 1
-            elif origin not in taken:
-                seen.add(origin)
+            elif origin in deleted:
+                outcome.left_out["deleted from images/ before"] += 1
+            elif origin not in kept:
                 yield candidate
+            seen.add(origin)
     except SourceError as error:
         outcome.trouble = str(error)
 
@@ -132,6 +146,10 @@ def _take(
         image = future.result()
     except Refused as refusal:
         outcome.left_out[str(refusal)] += 1
+        if isinstance(refusal, Postponed):
+            if refusal.host not in outcome.postponed:
+                note(f"{refusal.host} asks for a pause of {duration(refusal.seconds)}: its images are left for later")
+            outcome.postponed[refusal.host] = refusal.seconds
         return False
     if folder.has_near_duplicate(image):
         outcome.left_out["near-duplicate"] += 1
@@ -164,7 +182,7 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
     Raises:
         UserError: where the folder cannot be used.
     """
-    folder = ClassFolder(path, class_prompt)
+    folder = ClassFolder(path, class_prompt, args.near_duplicate_tolerance)
     try:
         config = path / CONFIG_NAME
         if not folder.records and config.exists() and config.read_bytes() != config_text(args):
@@ -184,28 +202,49 @@ def retrieve(class_prompt: str, path: Path, source: Source, args: argparse.Names
             # Also what an interrupted run leaves behind can be trained on.
             if folder.kept():
                 folder.write_lists()
-        return _report(folder, outcome, wanted)
+        return _report(folder, outcome, args)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written to: {error.strerror or error}") from error
     finally:
         folder.close()
 
 
-def _report(folder: ClassFolder, outcome: Outcome, wanted: int) -> str | None:
-    have = len(folder.kept())
+def _report(folder: ClassFolder, outcome: Outcome, args: argparse.Namespace) -> str | None:
+    have, wanted = len(folder.kept()), args.num_class_images
     if have:
         left_out = f" (left out: {summary(outcome.left_out)})" if outcome.left_out and have >= wanted else ""
         print(f"{have} images in {folder.path}{left_out}{_glance(folder)}")
     if have >= wanted:
         return None
-    if outcome.left_out:
+    if any(outcome.left_out.values()):
         print(table(outcome.left_out))
-    if have == 0 and outcome.trouble:
+    if have == 0 and outcome.trouble and not outcome.postponed:
         return outcome.trouble
     found = f"{have} of the {wanted} images of {folder.class_prompt!r} found"
+    found += f", then {outcome.trouble}" if outcome.trouble else ""
+    if outcome.postponed:
+        hosts = " and ".join(f"{host} for {duration(seconds)}" for host, seconds in outcome.postponed.items())
+        number = outcome.left_out[str(Postponed("", 0))]
+        return (
+            f"{found}; {number} left for later, as requests are unwelcome at {hosts}: run the same command after that"
+        )
     if outcome.trouble:
-        return f"{found}, then {outcome.trouble}; the same command goes on from there"
-    return f"{found}, and there are no more: ask another --source, or lower --num_class_images or --min_size"
+        return f"{found}; the same command continues from there"
+    return f"{found}, and there are no more: {_advice(have, outcome.left_out, args)}"
+
+
+def _advice(have: int, left_out: Counter[str], args: argparse.Namespace) -> str:
+    """What brings more images, or is content with these; each can be pasted behind the same command."""
+    advice = []
+    if left_out["too small"]:
+        advice.append(f"--min_size {max(1, args.min_size // 2)}")
+    if left_out["caption without the words"] or left_out["no caption"]:
+        advice.append("--words ''")
+    if left_out["inside a private network"]:
+        advice.append("--private_host and the host, if you trust it")
+    if have:
+        advice.append(f"--num_class_images {have}")
+    return f"give {', '.join([*advice, 'or another --source' if advice else 'another --source'])}"
 
 
 def _glance(folder: ClassFolder) -> str:

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from custom_diffusion.retrieval.host_limits import HostLimits
 from custom_diffusion.retrieval.services import Service, told_by
 from custom_diffusion.retrieval.sources import Candidate, Source, SourceError
 from custom_diffusion.retrieval.words import caption_of_title, plain_text, text_or_empty
 from custom_diffusion.text import one_line
 
 OPENVERSE_URL = "https://api.openverse.org"
-
-
 WIKIMEDIA_URL = "https://commons.wikimedia.org"
 
 
@@ -23,10 +22,14 @@ class Openverse(Source):
     PAGE_SIZE = 20
     per_host = 8
 
-    def __init__(self, user_agent: str, url: str = OPENVERSE_URL, min_size: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self, user_agent: str, url: str = OPENVERSE_URL, min_size: int = 0, limits: HostLimits | None = None
+    ) -> None:
+        super().__init__(limits)
         # Anonymous users may ask once a second, and a fifth more is asked of their patience for good measure.
-        self.service = Service("Openverse", url, user_agent, interval=1.2)
+        self.service = Service(
+            "Openverse", url, user_agent, interval=1.2, limits=self.limits, flags="--source openverse --url"
+        )
         self.hosts = (self.service.host,)
         self.min_size = min_size
 
@@ -57,7 +60,8 @@ class Openverse(Source):
             page += 1
 
     def _candidate(self, entry: Any, class_prompt: str) -> Iterator[Candidate]:
-        if not isinstance(entry, dict) or not text_or_empty(entry.get("url")):
+        address = text_or_empty(entry.get("url")).strip() if isinstance(entry, dict) else ""
+        if not address:
             self.left_out["neither address nor image"] += 1
         elif _known_small(entry, self.min_size):
             self.left_out["too small"] += 1
@@ -69,7 +73,7 @@ class Openverse(Source):
             if text_or_empty(entry.get("foreign_landing_url")):
                 credit["page"] = one_line(entry["foreign_landing_url"])
             caption = caption_of_title(text_or_empty(entry.get("title")), class_prompt)
-            yield Candidate(entry["url"], caption, entry["url"], credit=credit)
+            yield Candidate(address, caption, address, credit=credit)
 
 
 class WikimediaCommons(Source):
@@ -77,12 +81,29 @@ class WikimediaCommons(Source):
 
     # One of the widths in which Wikimedia serves smaller versions; others are refused.
     WIDTH = 1280
+    IMAGE_HOSTS = ("upload.wikimedia.org", "thumb.wikimedia.org")
     per_host = 8
 
-    def __init__(self, user_agent: str, url: str = WIKIMEDIA_URL, min_size: int = 0) -> None:
-        super().__init__()
-        self.service = Service("Wikimedia Commons", url, user_agent, interval=1.0)
+    def __init__(
+        self,
+        user_agent: str,
+        url: str = WIKIMEDIA_URL,
+        min_size: int = 0,
+        limits: HostLimits | None = None,
+        has_contact: bool = False,
+    ) -> None:
+        super().__init__(limits)
+        self.service = Service(
+            "Wikimedia Commons",
+            url,
+            user_agent,
+            interval=1.0,
+            limits=self.limits,
+            flags="--source wikimedia --url",
+            forbidden="" if has_contact else "tell it whom to write to: --contact you@example.org",
+        )
         self.hosts = (self.service.host,)
+        self.contact_hosts = () if has_contact else (self.service.host, *self.IMAGE_HOSTS)
         self.min_size = min_size
 
     def describe(self) -> str:
@@ -110,26 +131,29 @@ class WikimediaCommons(Source):
             reply = self.service.get("/w/api.php", query | more)
             if not isinstance(reply, dict) or "error" in reply:
                 raise SourceError(f"Wikimedia Commons at {self.service.url} answers: {told_by(reply) or 'no results'}")
-            pages = (reply.get("query") or {}).get("pages") or []
-            for page in sorted((page for page in pages if isinstance(page, dict)), key=_search_rank):
+            found = reply.get("query")
+            pages = found.get("pages") if isinstance(found, dict) else None
+            pages = list(pages.values()) if isinstance(pages, dict) else pages if isinstance(pages, list) else []
+            for page in sorted(pages, key=_search_rank):
                 yield from self._candidate(page, class_prompt)
             more = reply.get("continue") if pages else None
             more = more if isinstance(more, dict) else None
 
-    def _candidate(self, page: dict[str, Any], class_prompt: str) -> Iterator[Candidate]:
-        info = (page.get("imageinfo") or [{}])[0]
-        address = text_or_empty(info.get("url"))
+    def _candidate(self, page: Any, class_prompt: str) -> Iterator[Candidate]:
+        infos = page.get("imageinfo") if isinstance(page, dict) else None
+        info = infos[0] if isinstance(infos, list) and infos and isinstance(infos[0], dict) else {}
+        address = text_or_empty(info.get("url")).strip()
         if not address:
             self.left_out["neither address nor image"] += 1
         elif _known_small(info, self.min_size):
             self.left_out["too small"] += 1
         else:
             if isinstance(info.get("width"), int) and info["width"] > self.WIDTH:
-                address = text_or_empty(info.get("thumburl")) or address
-            told = info.get("extmetadata") or {}
+                address = text_or_empty(info.get("thumburl")).strip() or address
+            told = info.get("extmetadata")
             values = {
                 name: plain_text(text_or_empty(entry.get("value")))
-                for name, entry in told.items()
+                for name, entry in (told.items() if isinstance(told, dict) else ())
                 if isinstance(entry, dict)
             }
             title = PurePosixPath(text_or_empty(page.get("title")).removeprefix("File:")).stem
@@ -148,10 +172,11 @@ class WikimediaCommons(Source):
             yield Candidate(address, caption, address, credit={name: text for name, text in credit.items() if text})
 
 
-def _search_rank(page: dict[str, Any]) -> int:
-    return page["index"] if isinstance(page.get("index"), int) else 0
+def _search_rank(page: Any) -> int:
+    rank = page.get("index") if isinstance(page, dict) else None
+    return rank if isinstance(rank, int) else 0
 
 
 def _known_small(entry: dict[str, Any], min_size: int) -> bool:
-    sides = [entry.get("width"), entry.get("height")]
-    return all(isinstance(side, int) and side > 0 for side in sides) and min(sides) < min_size
+    sides = [side for side in (entry.get("width"), entry.get("height")) if isinstance(side, int) and side > 0]
+    return len(sides) == 2 and min(sides) < min_size

@@ -45,16 +45,15 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint(output_dir: Path, name: str | None, max_train_steps: int | None = None) -> Path | None:
+def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     """The checkpoint to continue from, or None to start afresh.
 
     Args:
         output_dir: the run's folder.
         name: a checkpoint in it, or ``latest``, or None.
-        max_train_steps: how far the run goes, where that is known.
 
     Raises:
-        UserError: for a named checkpoint that is not there, and one that is beyond the end of the run.
+        UserError: for a named checkpoint that is not there.
     """
     if name is None:
         return None
@@ -67,8 +66,6 @@ def find_checkpoint(output_dir: Path, name: str | None, max_train_steps: int | N
     wanted = present[-1].name if name == "latest" else Path(name).name
     for path in present:
         if path.name == wanted:
-            if max_train_steps is not None:
-                check_is_within(path, max_train_steps)
             return path
     there = ", ".join(path.name for path in present) or "none"
     raise UserError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
@@ -146,16 +143,32 @@ def has_result(folder: Path) -> bool:
     return bool(list_checkpoints(folder)) or any(folder.glob(f"{WEIGHTS_STEM}.*"))
 
 
-def claim_output_dir(folder: Path, settings: dict[str, Any], checkpoint: Path | None, overwrite: bool) -> None:
+def claim_output_dir(
+    folder: Path,
+    settings: dict[str, Any],
+    checkpoint: Path | None,
+    overwrite: bool,
+    max_train_steps: int | None = None,
+) -> None:
     """Make sure that the output folder holds this run or none, and leave the settings in it.
 
     A run that has come to no result leaves the folder to the next one.
 
+    Args:
+        checkpoint: what to continue from.
+        overwrite: remove the checkpoints of another run.
+        max_train_steps: how far the run goes, where that is known.
+
     Raises:
-        UserError: where another run is there, or was checkpointed; nothing of it is touched then.
+        UserError: where another run is there, or was checkpointed, or the checkpoint is beyond the run's end; nothing
+            of it is touched then.
     """
     if checkpoint is not None:
-        check_settings(settings, checkpoint / STATE_NAME / SETTINGS_NAME, RESUME_ADVICE)
+        path = checkpoint / STATE_NAME / SETTINGS_NAME
+        check_settings(settings, path, RESUME_ADVICE)
+        # One without settings may be of another run altogether, which its weights will show.
+        if max_train_steps is not None and path.is_file():
+            check_is_within(checkpoint, max_train_steps)
     elif overwrite:
         for path in list_checkpoints(folder):
             remove_checkpoint(path)

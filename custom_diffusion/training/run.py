@@ -212,7 +212,7 @@ def open_output_dir(
     if not accelerator.is_main_process:
         return
     lock_folder(Path(args.output_dir))
-    claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite)
+    claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite, args.max_train_steps)
     save_config(args, Path(args.output_dir, CONFIG_NAME))
     try:
         accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
@@ -231,18 +231,11 @@ def open_output_dir(
 def plan_steps(
     args: argparse.Namespace, dataset: CustomDiffusionDataset, checkpoint: Path | None, num_processes: int
 ) -> range:
-    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes.
-
-    Raises:
-        UserError: where the checkpoint is beyond their end.
-    """
+    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes."""
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    if checkpoint is None:
-        return range(total)
-    check_is_within(checkpoint, total)
-    return range(checkpoint_step(checkpoint), total)
+    return range(0 if checkpoint is None else checkpoint_step(checkpoint), total)
 
 
 def check_inputs(
@@ -256,7 +249,8 @@ def check_inputs(
     """Complete the settings, and compare them between the processes and with those of the checkpoint.
 
     Raises:
-        UserError: where processes see other inputs than the main one, or the checkpoint was made of others.
+        UserError: where processes see other inputs than the main one, or the checkpoint was made of others or is
+            beyond the end of the run.
     """
     if class_images:
         settings.setdefault("class_images", describe_images(class_images))
@@ -266,11 +260,14 @@ def check_inputs(
         return
     path = checkpoint / STATE_NAME / SETTINGS_NAME
     check_settings(settings, path, RESUME_ADVICE)
-    earlier = read_settings(path).get("total_steps", steps.stop)
-    if earlier != steps.stop and args.lr_scheduler in DECAYING:
+    earlier = read_settings(path)
+    if earlier:
+        check_is_within(checkpoint, steps.stop)
+    total_steps = earlier.get("total_steps", steps.stop)
+    if total_steps != steps.stop and args.lr_scheduler in DECAYING:
         logger.warning(
             f"--lr_scheduler={args.lr_scheduler} spans the whole run: up to step {steps.start} the learning rates were "
-            f"those of a run of {earlier} steps, and from there on they are those of one of {steps.stop}"
+            f"those of a run of {total_steps} steps, and from there on they are those of one of {steps.stop}"
         )
 
 
@@ -419,7 +416,7 @@ def resume(run: Run, path: Path | None) -> None:
     """Continue from a checkpoint, where there is one.
 
     Raises:
-        UserError: where it was trained from other weights.
+        UserError: where it was trained from other weights, or is beyond the end of the run.
     """
     run.settings["starting_values"] = digest_of_tensors(run.module.trained().values())
     if path is None:
@@ -428,12 +425,13 @@ def resume(run: Run, path: Path | None) -> None:
             logger.warning(
                 f"{run.args.output_dir!r} holds checkpoints of an earlier run, up to {present[-1].name}; "
                 "this run starts afresh and replaces those of the same steps; "
-                "--resume_from_checkpoint=latest would go on"
+                "--resume_from_checkpoint=latest would continue it"
             )
         return
     state = path / STATE_NAME
     check_settings(run.settings, state / SETTINGS_NAME, RESUME_ADVICE)
     run.module.restore(load_concept(path))
+    check_is_within(path, run.steps.stop)
     load_state(run, state)
     logger.info(f"resuming from {path}")
 

@@ -17,7 +17,7 @@ from PIL import Image
 from custom_diffusion.command_line import DEFAULT_MODEL
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
-from custom_diffusion.files import is_hub_id, write_whole
+from custom_diffusion.files import is_hub_id, write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
 from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
@@ -166,7 +166,7 @@ def save_result(run: Run) -> Result:
 
 def write_card(folder: Path, card: bytes) -> None:
     """Write a model card into a concept's folder."""
-    write_whole(folder / CARD_NAME, lambda file: file.write(card))
+    write_bytes(folder / CARD_NAME, card)
 
 
 def what_next(run: Run) -> str:

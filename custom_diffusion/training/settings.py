@@ -13,7 +13,7 @@ from torch import Tensor
 
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import write_whole
+from custom_diffusion.files import write_bytes
 
 SETTINGS_NAME = "training_settings.json"
 
@@ -26,7 +26,7 @@ NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "sta
 # What says how far a run goes, and how it counts.
 NOT_COMPARED = {"total_steps", "schedule_counts"}
 
-# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to go on.
+# Flags that may change when a run is resumed: they do not touch what is learned, or say how long to train.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
@@ -151,4 +151,4 @@ def check_settings(settings: dict[str, Any], path: Path, advice: str) -> None:
 def write_settings(settings: dict[str, Any], folder: Path) -> None:
     """Leave the settings where a later run looks for them."""
     content = json.dumps(settings, indent=2).encode()
-    write_whole(folder / SETTINGS_NAME, lambda file: file.write(content))
+    write_bytes(folder / SETTINGS_NAME, content)
