@@ -243,7 +243,7 @@ def test_a_token_is_renamed_in_every_format(form: str, cat: Path, base_model: Pa
     [
         (["<a>", "<b>"], r"--token_name has 2 names for 1 tokens \(<new1>\)"),
         (["a/b"], "would be a path"),
-        (["Cat"], r"'Cat' \(--token_name\) is in the tokenizer's vocabulary already as 'cat'"),
+        (["Cat"], r"'Cat' \(--token_name\) is in the tokenizer's vocabulary already, as 'cat'"),
     ],
 )
 def test_a_name_that_cannot_be_used(names: list[str], words: str, cat: Path, tmp_path: Path) -> None:
