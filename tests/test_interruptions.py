@@ -295,16 +295,20 @@ def another_run() -> Iterator[Callable[[Path], Callable[[], None]]]:
 
         def kill() -> None:
             done.set()
-            process.join(60)
+            # Not join(), which would wait for the data worker too.
+            deadline = time.monotonic() + 60
+            while process.exitcode is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert process.exitcode == -signal.SIGKILL
 
         return kill
 
     yield start
     for process, worker in running:
         process.kill()
-        process.join()
         if worker.value:
             os.kill(worker.value, signal.SIGKILL)
+        process.join()
 
 
 def test_a_second_run_in_a_folder_touches_nothing(
