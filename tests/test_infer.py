@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,13 @@ from transformers import CLIPConfig, CLIPImageProcessor
 import export
 import infer
 import merge
+import train_custom_diffusion
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import find_base_model, load_concept, save_concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, flags, run_script
 
 FEW = ["--num_inference_steps", "3"]
 
@@ -232,31 +235,53 @@ def test_a_run_is_repeated_by_the_file_beside_it(trained: Path, tmp_path: Path) 
 # --- what training was told ----------------------------------------------------------------------
 
 
-def test_the_card_says_how_to_load_the_base_model(trained: Path, base_model: Path, tmp_path: Path) -> None:
-    """Trained with --variant=fp16 and another tokenizer: all commands work unchanged."""
-    variant = tmp_path / "base"
-    StableDiffusionPipeline.from_pretrained(base_model).save_pretrained(variant, variant="fp16")
-    (variant / "tokenizer").rename(tmp_path / "tokenizer")
-    (variant / "tokenizer").mkdir()
-    shutil.copy(tmp_path / "tokenizer" / "tokenizer_config.json", variant / "tokenizer")
-    model = tmp_path / "model"
-    base = BaseModel(str(variant), "a-branch", "fp16", str(tmp_path / "tokenizer"))
-    concept = replace(load_concept(trained), instance_prompt=None).trained_on(base)
-    save_concept(concept, model)
-    (model / "README.md").write_text(model_card(concept, ["photo of a <new1> cat"], {}))
-    argv = ["--prompt", "<new1> cat", *FEW]
-    infer.main([*argv, "--model_dir", str(trained), "--output_dir", str(tmp_path / "plain")])
-    infer.main([*argv, "--model_dir", str(model), "--output_dir", str(tmp_path / "told")])
-    plain, told = images_of(tmp_path / "plain")[0], images_of(tmp_path / "told")[0]
-    assert np.array_equal(pixels(plain), pixels(told))
+@pytest.mark.usefixtures("train_here")
+def test_what_training_was_told_is_not_forgotten(
+    base_model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with --variant=fp16 and --tokenizer_name: the printed command works, and so do all the others."""
+    base, words, model = (tmp_path / name for name in ("base", "words", "model"))
+    StableDiffusionPipeline.from_pretrained(base_model).save_pretrained(base, variant="fp16")
+    (base / "tokenizer").rename(words)
+    (base / "tokenizer").mkdir()
+    shutil.copy(words / "tokenizer_config.json", base / "tokenizer")
+    told = {"variant": "fp16", "tokenizer_name": words, "checkpointing_steps": 1}
+    train_custom_diffusion.main(flags(base, images, model, **told))
+    python, script, *printed = shlex.split(capsys.readouterr().out.split("See your concept:")[1])
+    assert (python, script) == ("python", "infer.py")
 
+    infer.main([*printed, *FEW, "--output_dir", str(tmp_path / "images")])
+    infer.main(
+        [
+            "--prompt",
+            "<new1>",
+            "--model_dir",
+            str(model / "checkpoint-1"),
+            *FEW,
+            "--output_dir",
+            str(tmp_path / "images"),
+        ]
+    )
     merge.main(["--model_dir", str(model), "--prior_weight=1", "--output_dir", str(tmp_path / "weighed")])
-    assert load_concept(tmp_path / "weighed").base_tokenizer == str(tmp_path / "tokenizer")
-    infer.main([*argv, "--model_dir", str(tmp_path / "weighed"), "--output_dir", str(tmp_path / "told")])
-    for number, form in enumerate(("lora", "pipeline")):
-        export.main(["--model_dir", str(model), f"--format={form}", "--output_dir", str(tmp_path / f"export{number}")])
-    card = (tmp_path / "export0" / "README.md").read_text()
-    assert f'variant="fp16", tokenizer=CLIPTokenizer.from_pretrained("{tmp_path}/tokenizer")' in card
+    infer.main(
+        ["--prompt", "<new1>", "--model_dir", str(tmp_path / "weighed"), *FEW, "--output_dir", str(tmp_path / "images")]
+    )
+    assert len(images_of(tmp_path / "images")) == 3
+    for form in ("lora", "pipeline"):
+        export.main(["--model_dir", str(model), f"--format={form}", "--output_dir", str(tmp_path / form)])
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert f'variant="fp16", tokenizer=CLIPTokenizer.from_pretrained("{words}")' in card
+    # Cards name files that are there; checkpoints have no .bin.
+    for folder in (model, model / "checkpoint-1", tmp_path / "weighed"):
+        named = re.findall(r'weight_name="(.+?)"', (folder / "README.md").read_text())
+        assert len(named) == 2 and all((folder / name).is_file() for name in named)
+
+
+@pytest.mark.usefixtures("train_here")
+def test_the_card_of_a_run_that_writes_only_bin_files(base_model: Path, images: Path, tmp_path: Path) -> None:
+    train_custom_diffusion.main(flags(base_model, images, tmp_path, no_safe_serialization=True))
+    named = re.findall(r'weight_name="(.+?)"', (tmp_path / "README.md").read_text())
+    assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
 
 
 def card_of(trained: Path, folder: Path, **more: str | None) -> Path:

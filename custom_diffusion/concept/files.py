@@ -85,9 +85,9 @@ class Concept:
     def without_local_paths(self) -> Concept:
         """The same concept for a card that others read: folders of this machine are nobody's business."""
         concept = self
-        if self.base_model is None or not is_hub_id(self.base_model):
+        if self.base_model is not None and not is_hub_id(self.base_model):
             concept = replace(concept, base_model=None, base_revision=None, base_variant=None)
-        if self.base_tokenizer is None or not is_hub_id(self.base_tokenizer):
+        if self.base_tokenizer is not None and not is_hub_id(self.base_tokenizer):
             concept = replace(concept, base_tokenizer=None)
         return concept
 

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ class Run:
 
     def learned(self) -> Concept:
         """What was learned so far."""
-        return self.module.learned(self.args.pretrained_model_name_or_path)
+        concept = self.module.learned(self.args.pretrained_model_name_or_path)
+        return concept.trained_on(replace(self.configuration.base_model, tokenizer=self.args.tokenizer_name))
 
     def way_on(self) -> str:
         """Words about how to continue where a signal has ended the run at once."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from custom_diffusion.command_line import DEFAULT_MODEL
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
-from custom_diffusion.files import is_hub_id, write_bytes
+from custom_diffusion.files import write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
 from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
@@ -88,12 +89,14 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
     return images
 
 
-def render_card(run: Run, concept: Concept, steps: int, images: Sequence[str] = ()) -> bytes:
-    """The model card of a checkpoint or of the finished concept."""
+def render_card(
+    run: Run, concept: Concept, steps: int, images: Sequence[str] = (), ending: str = "safetensors"
+) -> bytes:
+    """The model card of a checkpoint or of the finished concept; ``ending`` is that of the files beside it."""
     args = run.args
     settings = {"steps": steps} | {name: getattr(args, name) for name in SHOWN_ON_CARD}
     prompts = [entry.instance_prompt for entry in run.concepts]
-    return model_card(concept, prompts, settings, args.validation_prompt, images).encode()
+    return model_card(concept, prompts, settings, args.validation_prompt, images, ending=ending).encode()
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -154,14 +157,19 @@ def save_result(run: Run) -> Result:
             # An earlier run's safetensors would be preferred to what this one has just written.
             for name in files:
                 (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
-        write_card(folder, render_card(run, concept, run.steps.stop))
+        write_card(folder, render_card(run, concept, run.steps.stop, ending=result_ending(args)))
     images = []
     with during("the final images", lambda: f"the result is complete without them. {what_next(run)}"):
         for number, image in enumerate(validate(run, run.steps.stop, "test")):
             images.append(f"image_{number}.png")
             write_image(folder / images[-1], image, "PNG")
-        write_card(folder, render_card(run, concept, run.steps.stop, images))
+        write_card(folder, render_card(run, concept, run.steps.stop, images, result_ending(args)))
     return Result(concept, [*files, *images, CARD_NAME], images)
+
+
+def result_ending(args: argparse.Namespace) -> str:
+    """The ending of the result's files that its card names."""
+    return "bin" if args.no_safe_serialization else "safetensors"
 
 
 def write_card(folder: Path, card: bytes) -> None:
@@ -193,11 +201,12 @@ def publish(run: Run, result: Result) -> str:
     """
     args, folder = run.args, Path(run.args.output_dir)
     contents: dict[str, Path | bytes] = {name: folder / name for name in result.files}
-    if not is_hub_id(args.pretrained_model_name_or_path):
+    concept = result.concept.without_local_paths()
+    if concept is not result.concept:
         # The Hub refuses a card whose base model is no model of its own, and a local path is nobody's business.
-        logger.warning("the base model is a local folder: the card on the Hub will not name it")
-        concept = replace(result.concept, base_model=None)
-        contents[CARD_NAME] = render_card(run, concept, run.steps.stop, result.images)
+        what = "base model" if concept.base_model is None else "tokenizer"
+        logger.warning(f"the {what} is a local folder: the card on the Hub will not name it")
+        contents[CARD_NAME] = render_card(run, concept, run.steps.stop, result.images, result_ending(args))
     advice = partial(upload_command, args.hub_model_id, args.output_dir)
     with during("the upload", lambda: f"the files are safe in {args.output_dir!r}, upload them with: {advice()}"):
         return push_to_hub(args.hub_model_id, contents, args.output_dir, args.hub_token)
