@@ -61,7 +61,7 @@ class Downloader:
         self.per_host = per_host
         self.contact_hosts = frozenset(contact_hosts)
         self.stopped = threading.Event()
-        self._limits = limits or HostLimits()
+        self.limits = limits or HostLimits()
         self._guard = AddressGuard(private_hosts)
         self._deadline = Deadline()
         self._session = guarded_session(user_agent, self._guard, self._deadline, self.stopped)
@@ -83,7 +83,7 @@ class Downloader:
                 return self._fetch_once(address)
             except _WantsPause as failure:
                 if attempt + 1 == ATTEMPTS:
-                    seconds = self._limits.seconds_until(failure.address)
+                    seconds = self.limits.seconds_until(failure.address)
                     raise Postponed(host_of(failure.address), seconds) from failure
             except _Failed as failure:
                 pause = 0.5 * 2**attempt
@@ -96,7 +96,7 @@ class Downloader:
             host = _checked_host(address)
             try:
                 # A turn for each hop: a redirect must not lead around the limits of the host that it leads to.
-                with self._limits.turn(
+                with self.limits.turn(
                     address, HOST_LIMITS.get(host, self.per_host), self._deadline.seconds_left, self.stopped
                 ) as queued:
                     self._deadline.at += queued
@@ -130,7 +130,7 @@ class Downloader:
         started = time.monotonic()
         timeout = (min(CONNECT_SECONDS, left), min(IDLE_SECONDS, left))
         response = self._session.get(address, stream=True, allow_redirects=False, timeout=timeout)
-        self._limits.answered(address, response.status_code, response.headers, started)
+        self.limits.answered(address, response.status_code, response.headers, started)
         return response
 
     def _check_headers(self, response: requests.Response, address: str, host: str) -> None:

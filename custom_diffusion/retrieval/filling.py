@@ -18,7 +18,7 @@ from custom_diffusion.retrieval.checking import CheckedImage, check_image
 from custom_diffusion.retrieval.class_folder import ClassFolder
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.messages import duration, note, warn
-from custom_diffusion.retrieval.sources import Candidate, Postponed, Refused, Source, SourceError, until_waiting
+from custom_diffusion.retrieval.sources import Candidate, Postponed, Refused, Source, SourceError
 from custom_diffusion.text import one_line
 
 
@@ -59,7 +59,7 @@ def fill(folder: ClassFolder, source: Source, args: argparse.Namespace) -> Outco
         return check_image(data, args.min_size, args.max_size, args.max_megapixels * 1e6)
 
     have = len(folder.kept())
-    candidates = _unknown(source.candidates(folder.class_prompt, args.num_class_images), folder, source, outcome)
+    candidates = _unknown(source.candidates(folder.class_prompt, args.num_class_images), folder, outcome)
     first = next(candidates, None)
     if first is None:
         return outcome
@@ -119,14 +119,12 @@ def _in_order(
             return
 
 
-def _unknown(
-    candidates: Iterator[Candidate], folder: ClassFolder, source: Source, outcome: Outcome
-) -> Iterator[Candidate]:
+def _unknown(candidates: Iterator[Candidate], folder: ClassFolder, outcome: Outcome) -> Iterator[Candidate]:
     """Candidates of origins that were not seen before; an error of the source is kept for the end."""
     kept = {record["url"] for record in folder.kept()}
     deleted, seen = {record["url"] for record in folder.records} - kept, set()
     try:
-        for candidate in until_waiting(candidates, source.limits):
+        for candidate in candidates:
             origin = one_line(candidate.origin)
             if origin in seen:
                 outcome.left_out["the same address again"] += 1
@@ -223,11 +221,11 @@ def _report(folder: ClassFolder, outcome: Outcome, args: argparse.Namespace) -> 
     found = f"{have} of the {wanted} images of {folder.class_prompt!r} found"
     found += f", then {outcome.trouble}" if outcome.trouble else ""
     if outcome.postponed:
-        hosts = " and ".join(f"{host} for {duration(seconds)}" for host, seconds in outcome.postponed.items())
-        number = outcome.left_out[str(Postponed("", 0))]
-        return (
-            f"{found}; {number} left for later, as requests are unwelcome at {hosts}: run the same command after that"
+        hosts = " and ".join(
+            f"{host} asks for a pause of {duration(seconds)}" for host, seconds in outcome.postponed.items()
         )
+        number = outcome.left_out[str(Postponed("", 0))]
+        return f"{found}; {number} left for later, as {hosts}: run the same command again after that"
     if outcome.trouble:
         return f"{found}; the same command continues from there"
     return f"{found}, and there are no more: {_advice(have, outcome.left_out, args)}"

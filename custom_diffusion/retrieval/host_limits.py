@@ -25,7 +25,10 @@ PAUSE_STATUS = (429, 503)
 LONGEST_PAUSE = 60.0
 
 # Pauses up to this many seconds pass without a word.
-_UNANNOUNCED = 3.0
+UNANNOUNCED = 3.0
+
+# The first pause of a host that does not say how long it should be; each further one is twice as long.
+FIRST_PAUSE = 1.0
 
 # Servers have been seen to ask for years.
 _MOST = 7 * 86400.0
@@ -160,7 +163,7 @@ class HostLimits:
                 # Replies to requests that were on their way together are one refusal.
                 host.refusals += started >= host.refused_at
                 host.refused_at, host.status = now, status
-                until = now + min(asked or 2.0 ** (min(host.refusals, 20) - 1), _MOST)
+                until = now + min(asked or FIRST_PAUSE * 2.0 ** (min(host.refusals, 20) - 1), _MOST)
                 if until > host.not_before:
                     host.not_before, host.is_announced = until, False
             elif started >= host.refused_at:
@@ -169,7 +172,7 @@ class HostLimits:
 
 
 def _announce(host: _Host, pause: float) -> None:
-    if not host.is_announced and pause > _UNANNOUNCED:
+    if not host.is_announced and pause > UNANNOUNCED:
         note(f"waiting {duration(pause)}, as {host.name} asks (HTTP status {host.status})")
         host.is_announced = True
 
