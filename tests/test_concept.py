@@ -237,7 +237,10 @@ def test_concepts_that_disagree_are_refused(trained: Path, base_model: Path) -> 
 
 
 def test_a_token_that_both_have_is_refused(trained: Path, base_model: Path) -> None:
-    refused(load(base_model), [load_concept(trained), load_concept(trained)], ["'<new1>'", "is a token of"])
+    concept = load_concept(trained)
+    refused(load(base_model), [concept, concept], ["'<new1>' is a token of", "merge.py"])
+    other = Concept({}, word("<New1>", torch.ones(32)), source="another")
+    refused(load(base_model), [concept, other], ["'<new1>' is a token of", "'another'", "merge.py"])
 
 
 def test_applying_twice_is_refused(trained: Path, base_model: Path) -> None:

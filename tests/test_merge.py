@@ -15,7 +15,7 @@ import train_custom_diffusion
 from benchmarks.merge import main as measure_merging
 from custom_diffusion.concept.closed_form import NEARNESS, merge_weights, merging_directions, weigh_weights
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
-from custom_diffusion.concept.parts import Part, concept_prompts, free_name
+from custom_diffusion.concept.parts import Part, concept_prompts, free_name, prepare_parts
 from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
 from custom_diffusion.errors import UserError
@@ -216,6 +216,20 @@ def test_merging_again_and_by_the_saved_file(
 )  # fmt: skip
 def test_names_of_renamed_tokens(token: str, taken: set[str], name: str) -> None:
     assert free_name(token, taken) == name
+
+
+def test_tokens_that_the_tokenizer_reads_alike_are_renamed(capsys: pytest.CaptureFixture[str]) -> None:
+    attention = {"down_blocks.0.attn2.processor.to_k_custom_diffusion.weight": torch.ones(1, 1)}
+    vector = {"text_encoder": torch.ones(1)}
+    prompts = ("photo of a <NEW1> cat", "photo of a <New1> pot")
+    one, other = (
+        Concept(attention, {token: vector}, source=token, instance_prompt=prompt)
+        for token, prompt in zip(("<new1>", "<New1>"), prompts, strict=True)
+    )
+    first, second = prepare_parts([one, other], None)
+    assert (first.words, second.words) == ({"<new1>": "cat"}, {"<New2>": "pot"})
+    assert second.concept.instance_prompt == "photo of a <New2> pot"
+    assert "<New1> of <New1> is now <New2>" in capsys.readouterr().out
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -173,9 +173,10 @@ def _combine(
     tokens: dict[str, tuple[dict[str, Tensor], Concept]] = {}
     for concept in concepts:
         for token, vectors in concept.tokens.items():
-            if token in tokens:
+            known = next((one for one in tokens if one.lower() == token.lower()), None)  # as tokenizers read them
+            if known is not None:
                 raise UserError(
-                    f"{token!r} is a token of {tokens[token][1].source!r} and of {concept.source!r}: "
+                    f"{known!r} is a token of {tokens[known][1].source!r} and of {concept.source!r}: "
                     "merge.py makes one concept of the two and renames one of the tokens"
                 )
             tokens[token] = (vectors, concept)

@@ -39,7 +39,8 @@ def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None
     count = sum(len(concept.tokens) for concept in concepts)
     if given_words is not None and len(given_words) != count:
         raise UserError(f"--class_words has {len(given_words)} entries for {count} tokens: give one for each")
-    taken = {token for concept in concepts for token in concept.tokens}
+    # Tokenizers read upper and lower case alike.
+    taken = {token.lower() for concept in concepts for token in concept.tokens}
     used: set[str] = set()
     remaining = iter(given_words or ())
     parts = []
@@ -52,12 +53,12 @@ def prepare_parts(concepts: Sequence[Concept], given_words: Sequence[str] | None
                     f"the card of {concept.source!r} does not say what {token!r} is: "
                     "give a class for every token, such as --class_words cat 'wooden pot'"
                 )
-            name = names[token] = free_name(token, taken) if token in used else token
-            taken.add(name)
-            used.add(name)
+            name = names[token] = free_name(token, taken) if token.lower() in used else token
+            taken.add(name.lower())
+            used.add(name.lower())
             tokens[name], words[name] = vector, next(remaining) if given_words is not None else known[token]
             if name != token:
-                print(f"{token} of {concept.source} is now {name}, because another concept has {token} too")
+                print(f"{token} of {concept.source} is now {name}, because another concept has {token.lower()} too")
         prompt = None if concept.instance_prompt is None else replace_words(concept.instance_prompt, names)
         parts.append(Part(replace(concept, tokens=tokens, instance_prompt=prompt), words))
     return parts
@@ -82,11 +83,15 @@ def check_mergeable(concept: Concept, first: Concept) -> None:
 
 
 def free_name(token: str, taken: set[str]) -> str:
-    """The first of ``<new2>``, ``<new3>``, ... that is not taken, for ``<new1>``; ``<cat2>`` for ``<cat>``."""
+    """The first of ``<new2>``, ``<new3>``, ... that is not taken, for ``<new1>``; ``<cat2>`` for ``<cat>``.
+
+    Args:
+        taken: in lower case.
+    """
     match = re.fullmatch(r"(.*?)(\d*)(>?)", token)
     assert match is not None
     number = int(match[2] or 1)
-    while token in taken:
+    while token.lower() in taken:
         number += 1
         token = f"{match[1]}{number}{match[3]}"
     check_token_name(token)

@@ -15,12 +15,15 @@ LARGE_WORDS = ("zoomed in ", "close up ")
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
-    """A text with words replaced, all at once, and the longest first: "cat face" has "cat" in it."""
-    return re.sub(any_of(replacements), lambda match: replacements[match[0]], text) if replacements else text
+    """A text with words replaced, all at once, in upper or lower case alike, as tokenizers read them."""
+    by_lower = {word.lower(): replacement for word, replacement in replacements.items()}
+    if not by_lower:
+        return text
+    return re.sub(any_of(by_lower), lambda match: by_lower[match[0].lower()], text, flags=re.IGNORECASE)
 
 
 def any_of(words: Iterable[str]) -> str:
-    """A pattern that matches the words, the longest first."""
+    """A pattern that matches the words, the longest first: "cat face" has "cat" in it."""
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
@@ -31,7 +34,7 @@ def class_words(concept: Concept) -> dict[str, str]:
     """
     words = {}
     for token in concept.tokens:
-        match = re.search(re.escape(token) + r"\s+([^,.;:!?<]+)", concept.instance_prompt or "")
+        match = re.search(re.escape(token) + r"\s+([^,.;:!?<]+)", concept.instance_prompt or "", re.IGNORECASE)
         if match is not None:
             words[token] = match[1].strip()
     return words
