@@ -35,7 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--shape", default="sd14", choices=SHAPES, help="Size of the random model.")
-    parser.add_argument("--model_dir", type=Path, help="Folder to keep the random model in between runs.")
+    parser.add_argument("--base_model_dir", type=Path, help="Folder to keep the random model in between runs.")
     parser.add_argument("--repeats", type=int, default=3, help="Merges; the median counts.")
     parser.add_argument("--threads", type=int, help="Threads; if not given, what torch takes by itself.")
     return parser.parse_args(argv)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        model = args.model_dir or work / "model"
+        model = args.base_model_dir or work / "model"
         if not (model / "model_index.json").exists():
             build_random_model(args.shape, model)
         concepts = write_random_concepts(model, work)

@@ -146,7 +146,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what it does not know goes to both training scripts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--shape", default="sd14", choices=SHAPES, help="Size of the random model.")
-    parser.add_argument("--model_dir", type=Path, help="Folder to keep the random model in between runs.")
+    parser.add_argument("--base_model_dir", type=Path, help="Folder to keep the random model in between runs.")
     parser.add_argument("--rows", choices=["cpu", "gpu"], help="Run all goals for this machine.")
     parser.add_argument("--class_images", type=int, nargs="+", default=[8], help="Several: ours with each number.")
     parser.add_argument("--resolution", type=int, default=256)
@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.shape} on {where}, torch {torch.__version__}, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        model = args.model_dir or work / "model"
+        model = args.base_model_dir or work / "model"
         if not (model / "model_index.json").exists():
             build_random_model(args.shape, model)
         prepare_images(work / "instance", 5, args.instance_data_dir)

@@ -297,5 +297,5 @@ def test_the_shipped_captions_are_many_and_varied() -> None:
 
 @pytest.mark.long
 def test_the_benchmark_runs(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measure_merging(["--shape", "tiny", "--model_dir", str(base_model), "--repeats", "1"])
+    measure_merging(["--shape", "tiny", "--base_model_dir", str(base_model), "--repeats", "1"])
     assert "(median of 1)" in capsys.readouterr().out
