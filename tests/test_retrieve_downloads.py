@@ -99,3 +99,28 @@ def test_encrypted_connections_are_guarded_and_timed_as_well(tmp_path, monkeypat
     with pytest.raises(Refused, match="inside a private network"):
         Downloader("test").fetch(f"{web.url}/cat.jpg")
     web.server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        ("/straße/ü b.jpg".encode(), "/stra%C3%9Fe/%C3%BC%20b.jpg"),
+        ("/猫.jpg?x=é".encode(), "/%E7%8C%AB.jpg"),
+        ("/café.jpg".encode("latin-1"), "/caf%E9.jpg"),
+        (b"/caf%C3%A9.jpg", "/caf%C3%A9.jpg"),
+        (b"  /cat.jpg  ", "/cat.jpg"),
+    ],
+)
+def test_a_redirect_to_an_address_in_raw_letters(web, sent, asked):
+    web.pages["/old.jpg"] = lambda handler: handler.wfile.write(
+        b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + sent + b"\r\n\r\n"
+    )
+    web.pages[asked] = jpeg(0)
+    assert Downloader("test", private_hosts=["127.0.0.1"]).fetch(f"{web.url}/old.jpg") == jpeg(0)
+
+
+@pytest.mark.parametrize("target", ["http://[bad/cat.jpg", "mailto:me@example.org", "http://", "//"])
+def test_a_redirect_to_what_is_no_address(web, target):
+    web.pages["/cat.jpg"] = redirect(target)
+    with pytest.raises(Refused, match=r"no valid http\(s\) address|too many redirects|HTTP status 404"):
+        Downloader("test", private_hosts=["127.0.0.1"]).fetch(f"{web.url}/cat.jpg")

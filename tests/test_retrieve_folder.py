@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+from custom_diffusion.data.class_lists import read_lists
+from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.images import find_class_images
+from custom_diffusion.errors import UserError
 from custom_diffusion.images import load_image
 from tests.retrieval_images import jpeg
-from tests.retrieval_web import lists, run, serve_good, serving
+from tests.retrieval_web import SCRIPT, lists, run, serve_good, serving
 
 
 @pytest.fixture
@@ -56,3 +63,75 @@ def test_foreign_folders_are_left_alone(web, tmp_path, content, message):
     assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert {name: (folder / name).read_bytes() for name in content} == content
     assert not web.requests
+
+
+# --- lists that an editor has saved ----------------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"
+ODD_CAPTIONS = ["cat one\u2028still one", "cat\x0btwo", "", "cat\x85 four\x1c", "the last cat"]
+
+
+def write_lists(folder, change):
+    """Lists of images as diffusers' example leaves them, changed by an editor."""
+    (folder / "images").mkdir(parents=True)
+    for row in range(5):
+        (folder / f"images/{row}.jpg").write_bytes(jpeg(row))
+    content = {
+        "caption.txt": ODD_CAPTIONS,
+        "urls.txt": [f"http://x/{row}" for row in range(5)],
+        "images.txt": [f"cats/images/{row}.jpg" for row in range(5)],
+    }
+    for name, rows in content.items():
+        (folder / name).write_bytes(change("".join(f"{row}\n" for row in rows).encode()))
+
+
+CHANGES = {
+    "nothing": lambda data: data,
+    "byte order mark": lambda data: BOM + data,
+    "Windows": lambda data: BOM + data.replace(b"\n", b"\r\n"),
+    "no last line break": lambda data: data[:-1],
+    "one more line break": lambda data: data + b"\n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_captions_stay_with_their_images_whatever_an_editor_does(tmp_path, change):
+    write_lists(tmp_path / "cats", CHANGES[change])
+    pairs = read_lists(tmp_path / "cats", "advice")
+    assert pairs == [(tmp_path / f"cats/images/{row}.jpg", caption) for row, caption in enumerate(ODD_CAPTIONS)]
+    concept = ConceptEntry(class_prompt="cat", class_data_dir=str(tmp_path / "cats"))
+    assert find_class_images([concept], 5, real_prior=True) == pairs
+    # As a folder of the example that is taken over: each caption on one line, and none is empty.
+    result = run(tmp_path, "--class_prompt", "cat", "--path", "cats/images", "--class_data_dir", "cats",
+                 "--num_class_images", 5)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert lists(tmp_path / "cats")[0] == ["cat one still one", "cat two", "cat", "cat four", "the last cat"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_records_stay_what_they_are_whatever_an_editor_does(tmp_path, web, change):
+    serve_good(web, 4)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images"]
+    run(tmp_path, *arguments, 3)
+    path = tmp_path / "cats/sources.jsonl"
+    path.write_bytes(CHANGES[change](path.read_bytes()))
+    result = run(tmp_path, *arguments, 4)
+    assert result.returncode == 0, result.stderr
+    assert lists(tmp_path / "cats")[0] == [f"cat number {row}" for row in range(4)]
+
+
+def test_only_blank_lines_at_the_end_are_forgiven(tmp_path):
+    write_lists(tmp_path / "cats", lambda data: data)
+    path = tmp_path / "cats/caption.txt"
+    path.write_bytes(path.read_bytes() + b"one more\n")
+    with pytest.raises(UserError, match=r"images\.txt has 5 lines and caption\.txt has 6: .*; the advice"):
+        read_lists(tmp_path / "cats", "the advice")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read; the advice"):
+        read_lists(tmp_path / "cats", "the advice")
+
+
+def test_reading_the_lists_needs_no_torch():
+    code = "import sys, custom_diffusion.data.class_lists as lists; print('torch' in sys.modules, bool(lists))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True)
+    assert done.stdout == "False True\n"

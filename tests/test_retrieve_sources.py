@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
 
+from tests.retrieval_images import drawing, encoded
 from tests.retrieval_web import (
     free_port,
+    left_out,
     lines,
     lists,
     redirect,
@@ -141,3 +144,44 @@ def test_where_openverse_is_dead_wikimedia_answers(web, tmp_path):
     assert result.returncode == 1
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: Openverse") and "Wikimedia Commons" in error and "Traceback" not in result.stderr
+
+
+def test_images_inside_a_reply_need_no_number_to_be_told_apart(web, tmp_path):
+    entries = [{"image": base64.b64encode(encoded(drawing(row))).decode()} for row in range(40)]
+    entries[1] = entries[0]
+    web.pages["/knn-service"] = lambda handler: handler.json(entries[: json.loads(handler.body)["num_images"]])
+    result = run(tmp_path, "--class_prompt", "cat", "--url", web.url, "--num_class_images", 50)
+    assert "39 of the 50 images" in result.stderr and left_out(result) == {"the same address again": 1}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [None, 7, "text", [], {}, {"imageinfo": None}, {"imageinfo": []}, {"imageinfo": {"url": "x"}},
+     {"imageinfo": ["x"]}, {"imageinfo": [{"url": None}]}, {"imageinfo": [{"url": "  "}]}],
+)  # fmt: skip
+def test_entries_of_any_form_are_counted(web, tmp_path, page):
+    for pages in ([page], {"1": page}):
+        web.pages["/w/api.php"] = lambda handler, pages=pages: handler.json({"query": {"pages": pages}})
+        web.pages["/v1/images/"] = lambda handler: handler.json({"page_count": 1, "results": [page]})
+        for source in ("wikimedia", "openverse"):
+            result = run(tmp_path, "--class_prompt", "cat", "--source", source, "--url", web.url)
+            assert result.returncode == 1 and left_out(result) == {"neither address nor image": 1}
+
+
+@pytest.mark.parametrize("reply", [{"query": []}, {"query": {"pages": None}}, {"query": {"pages": "x"}}, {}])
+def test_a_reply_without_pages_is_the_end(web, tmp_path, reply):
+    web.pages["/w/api.php"] = lambda handler: handler.json(reply)
+    result = run(tmp_path, "--class_prompt", "cat", "--source", "wikimedia", "--url", web.url)
+    assert result.stderr.splitlines()[-1].startswith("error: 0 of the 200 images of 'cat' found, and there are no more")
+
+
+@pytest.mark.parametrize("told", [None, [], ["x"], {"Artist": None}, {"Artist": {"value": 7}}])
+def test_what_wikimedia_tells_of_an_image_may_have_any_form(web, tmp_path, told):
+    web.pages["/cat.jpg"] = encoded(drawing(0))
+    page = {"title": "File:A cat.jpg", "imageinfo": [{"url": f" {web.url}/cat.jpg ", "extmetadata": told}]}
+    web.pages["/w/api.php"] = lambda handler: handler.json({"query": {"pages": [page]}})
+    arguments = ["--class_prompt", "cat", "--source", "wikimedia", "--url", web.url, "--num_class_images", 1]
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr
+    captions, urls, _ = lists(tmp_path / "real_reg/samples_cat")
+    assert captions == ["A cat"] and urls == [f"{web.url}/cat.jpg"]

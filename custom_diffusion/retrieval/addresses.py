@@ -7,6 +7,13 @@ import urllib.parse
 import requests
 
 
+class Session(requests.Session):
+    """A session that leaves redirects alone: whoever asks looks at each address before it is asked."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: requests reads the address even where it must not follow it, and fails where it cannot."""
+
+
 def location(response: requests.Response) -> str:
     """Where a reply redirects to, as an address that can be asked.
 

@@ -21,6 +21,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from custom_diffusion.retrieval.addresses import Session
 from custom_diffusion.retrieval.sources import Refused
 
 # A server that sends nothing for this many seconds will not send anything.
@@ -97,7 +98,7 @@ def guarded_session(
         deadline: of each thread's current download.
         stopped: lets all reads fail soon.
     """
-    session = requests.Session()
+    session = Session()
     # Compressed bodies would be one more way to send a bomb, and images are compressed already.
     session.headers.update({"User-Agent": user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"})
     session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))

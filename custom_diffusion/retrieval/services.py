@@ -13,7 +13,7 @@ from requests.utils import get_auth_from_url
 
 from custom_diffusion.command_line import without_userinfo
 from custom_diffusion.errors import UserError
-from custom_diffusion.retrieval.addresses import location
+from custom_diffusion.retrieval.addresses import Session, location
 from custom_diffusion.retrieval.host_limits import HostLimits, PauseTooLong
 from custom_diffusion.retrieval.messages import duration
 from custom_diffusion.retrieval.sources import SourceError
@@ -71,7 +71,7 @@ class Service:
         self.forbidden = forbidden
         self._limits = limits or HostLimits()
         self._next_request = 0.0
-        self._session = requests.Session()
+        self._session = Session()
         if any(credentials := get_auth_from_url(url)):
             self._session.auth = credentials
         self._session.headers.update({"User-Agent": user_agent, "Accept": "application/json"})
@@ -140,7 +140,10 @@ class Service:
 
     def _moved(self, response: requests.Response, path: str) -> str:
         """What to do about a redirect: the new base address, where it follows from where the request was sent."""
-        target = without_userinfo(urljoin(response.url, location(response)))
+        try:
+            target = without_userinfo(urljoin(response.url, location(response)))
+        except ValueError:  # something that is no address at all
+            target = without_userinfo(location(response))
         base = base_address(target, path)
         if base is None or base == self.url:
             return f"{self.name} at {self.url} redirects {path} to {one_line(target)}: is it the right service?"
