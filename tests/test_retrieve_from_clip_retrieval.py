@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.data.images import find_class_images
 from custom_diffusion.images import load_image
 
@@ -127,7 +128,7 @@ def test_images_and_captions_come_from_the_real_service(service, modality):
     result = retrieve(folder, url, "--num_class_images", 50, "--modality", modality, "--deduplicate", "False",
                       "--class_data_dir", modality)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    concept = {"class_prompt": "cat", "class_data_dir": str(folder / modality)}
+    concept = ConceptEntry(class_prompt="cat", class_data_dir=str(folder / modality))
     pairs = find_class_images([concept], 50, real_prior=True)
     assert len({caption for _, caption in pairs}) == 50
     for path, caption in pairs:
