@@ -34,7 +34,7 @@ def web():
 
 def test_a_reply_with_everything_that_can_be_wrong(web, tmp_path):
     serve_mixture(web)
-    result = run(tmp_path, "--class_prompt", "cat", "--url", web.url, "--num_class_images", 20, "--timeout", 3)
+    result = run(tmp_path, "--class_prompt", "cat", "--url", web.url, "--num_class_images", 20, "--timeout", 1.5)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "real_reg/samples_cat"
     check_mixture(folder, 20)
@@ -47,7 +47,7 @@ def test_a_reply_with_everything_that_can_be_wrong(web, tmp_path):
 
 def test_fewer_than_asked_keeps_them_and_tells_why(web, tmp_path):
     serve_mixture(web)
-    result = run(tmp_path, "--class_prompt", "cat", "--url", web.url, "--num_class_images", 30, "--timeout", 2)
+    result = run(tmp_path, "--class_prompt", "cat", "--url", web.url, "--num_class_images", 30, "--timeout", 1.5)
     assert result.returncode == 1
     check_mixture(tmp_path / "real_reg/samples_cat", GOOD)
     assert result.stderr.splitlines()[-1].startswith(f"error: {GOOD} of the 30 images of 'cat' found")

@@ -57,7 +57,9 @@ def below(web, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["", "/api/v2", "/straße"])
-@pytest.mark.parametrize("rest", ["", "?from=old", "/", "#top"])
+@pytest.mark.parametrize(
+    "rest", ["?from=old", *(pytest.param(rest, marks=pytest.mark.long) for rest in ("", "/", "#top"))]
+)
 def test_the_new_address_of_a_clip_retrieval_service_works(web, old, tmp_path, prefix, rest):
     serve_good(web, 3)
     below(web, prefix)

@@ -96,6 +96,7 @@ def test_every_row_gives_an_image_or_a_counted_reason(tmp_path, monkeypatch, nam
     assert len(captions) + sum(reasons.values()) == len(values)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_without_words_every_row_gives_its_image(tmp_path, monkeypatch, name):
     kind, values, *_ = CAPTIONS[name]

@@ -63,7 +63,12 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+QUICK = ("sketches", "shapes of one place, size and colour", "photographs")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in KINDS]
+)
 def kind(request):
     """Images of one kind with their fingerprints."""
     images = KINDS[request.param]()

@@ -37,6 +37,7 @@ def web():
     yield from serving()
 
 
+@pytest.mark.long
 def test_killed_ten_times_gives_what_an_uninterrupted_run_gives(web, tmp_path):
     serve_mixture(web)
     for number in range(GOOD):
@@ -95,7 +96,8 @@ def killed_at(steps, folder, arguments):
     retrieve.main(arguments)
 
 
-def test_killed_at_every_step_it_continues(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_killed_at_every_step_it_continues(tmp_path, monkeypatch, stride):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     (tmp_path / "mine").mkdir()
@@ -108,7 +110,7 @@ def test_killed_at_every_step_it_continues(tmp_path, monkeypatch):
     # Forked from a server that has no threads and has imported everything: a start takes no time.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.test_retrieve_interrupted"])
-    for steps in range(100):
+    for steps in range(0, 100, stride):
         shutil.rmtree(tmp_path / "cats", ignore_errors=True)
         process = processes.Process(target=killed_at, args=[steps, tmp_path, [*arguments, "cats"]])
         process.start()

@@ -141,7 +141,7 @@ def test_no_request_before_its_time_from_any_thread(web, status, after):
     assert web.paths() == ["/first.jpg"]
 
 
-@pytest.mark.parametrize("after", ["1", in_seconds(2)])
+@pytest.mark.parametrize("after", ["1", pytest.param(in_seconds(2), marks=pytest.mark.long)])
 def test_a_short_pause_is_kept_by_all_threads_and_then_all_are_served(web, after):
     web.pages["/first.jpg"] = refusing(429, after, 1)
     for row in range(12):
@@ -159,7 +159,14 @@ def test_a_short_pause_is_kept_by_all_threads_and_then_all_are_served(web, after
     assert len(begun) == 14 and begun[1] - begun[0] >= 0.95
 
 
-@pytest.mark.parametrize("after", [None, "0", "soon", "-5", "", in_seconds(-100), "Fri, 99 Foo 2024"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        None,
+        in_seconds(-100),
+        *(pytest.param(text, marks=pytest.mark.long) for text in ("0", "soon", "-5", "", "Fri, 99")),
+    ],
+)
 def test_without_a_time_the_pauses_grow(web, after, monkeypatch):
     monkeypatch.setattr(host_limits, "FIRST_PAUSE", 0.2)
     web.pages["/cat.jpg"] = refusing(503, after)
@@ -256,6 +263,7 @@ def test_a_redirect_leads_around_no_pause_and_no_limit(web):
     other.server.shutdown()
 
 
+@pytest.mark.long
 def test_waiting_for_a_connection_takes_no_time_from_an_image(web):
     web.pages["/cat.jpg"] = lambda handler: (time.sleep(0.4), handler.answer(b"x"))
     downloader = Downloader("test", private_hosts=["127.0.0.1"], per_host=1, seconds=1)
@@ -315,6 +323,7 @@ def test_a_wait_of_some_seconds_is_announced_once(web, tmp_path, monkeypatch):
     assert len(re.findall(r"waiting \d seconds, as \S+ asks \(HTTP status 503\)", result.stderr)) == 1
 
 
+@pytest.mark.long
 def test_a_long_pause_of_a_search_service_asks_the_next_source_at_once(web, tmp_path):
     wikimedia = Web()
     serve_openverse(web)
@@ -336,6 +345,7 @@ def test_a_long_pause_of_a_search_service_asks_the_next_source_at_once(web, tmp_
     wikimedia.server.shutdown()
 
 
+@pytest.mark.long
 def test_a_long_pause_of_the_images_asks_the_next_source_at_once(web, tmp_path):
     images, wikimedia = Web(), Web()
     serve_openverse(web, pages=9)
@@ -366,3 +376,14 @@ def test_a_long_pause_of_the_images_asks_the_next_source_at_once(web, tmp_path):
     assert all(url.startswith(wikimedia.url) for url in lists(tmp_path / "real_reg/samples_cat")[1])
     for server in (images, wikimedia):
         server.server.shutdown()
+
+
+def test_a_service_that_wants_a_long_pause_is_left_for_the_next_source(web, tmp_path):
+    wikimedia = Web()
+    serve_wikimedia(wikimedia)
+    web.pages["/v1/images/"] = refusing(503, "300")
+    arguments = ["--class_prompt", "cat", "--num_class_images", 3]
+    result = run(tmp_path, *arguments, OPENVERSE_URL=web.url, WIKIMEDIA_URL=wikimedia.url)
+    assert result.returncode == 0 and web.paths() == ["/v1/images/"], result.stderr
+    assert "asks for a pause of 5 minutes" in result.stderr
+    wikimedia.server.shutdown()
