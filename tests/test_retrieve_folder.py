@@ -126,7 +126,7 @@ def test_only_blank_lines_at_the_end_are_forgiven(tmp_path):
     path.write_bytes(path.read_bytes() + b"one more\n")
     with pytest.raises(UserError, match=r"images\.txt has 5 lines and caption\.txt has 6: .*; the advice"):
         read_lists(tmp_path / "cats", "the advice")
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\xc3\x28")  # no UTF-8
     with pytest.raises(UserError, match="cannot be read; the advice"):
         read_lists(tmp_path / "cats", "the advice")
 
