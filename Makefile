@@ -36,7 +36,7 @@ lint: setup
 test: lint
 	$(PYTEST) $(ARGS)
 
-# And what takes longer: dozens of kills, thousands of random inputs, a concept that is learned, all documented commands.
+# And what takes longer: dozens of kills, thousands of random inputs, all documented commands.
 test-all: lint
 	$(PYTEST) -m "not retrieval and not learning" --hypothesis-profile=many $(ARGS)
 

@@ -54,7 +54,7 @@ def run_script(*command: str | Path, cwd: Path = ROOT, **environment: str) -> su
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=600,
+        timeout=1800,
     )
 
 

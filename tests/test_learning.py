@@ -37,8 +37,8 @@ from benchmarks.learning import (
 from tests.conftest import launch
 from tools.base.score import reconstructed
 
-# One training: `make test-all`. What takes several: `make test-learning`.
-pytestmark = pytest.mark.long
+# Trainings of minutes: `make test-learning`.
+pytestmark = pytest.mark.learning
 learning = pytest.mark.learning
 SEED = 2026
 
