@@ -22,7 +22,7 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import computes_bf16
-from tests.conftest import ROOT, draw_images, flags, launch, run_script
+from tests.conftest import draw_images, flags, launch, run_script
 
 Train = Callable[[list[str]], None]
 WEIGHTS = "pytorch_custom_diffusion_weights"
@@ -454,17 +454,9 @@ def test_no_secret_in_any_file(base_model: Path, images: Path, tmp_path: Path) -
 @pytest.mark.long
 def test_all_cores_are_used(base_model: Path, images: Path, tmp_path: Path) -> None:
     code = (
-        "import os, torch, train_custom_diffusion as t; t.use_all_cores();"
+        "import os, torch; from custom_diffusion.machine import use_all_cores; use_all_cores();"
         "assert torch.get_num_threads() == len(os.sched_getaffinity(0)), torch.get_num_threads()"
     )
     for environment in ({"OMP_NUM_THREADS": "1"}, {}):
         result = run_script("python", "-c", code, **environment)
         assert result.returncode == 0, result.stderr
-
-
-def test_photographs_of_a_real_cat(base_model: Path, tmp_path: Path, train_here: Train) -> None:
-    folder = ROOT.parent / "shared" / "photos" / "cat2"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not part of a clone")
-    train_here(flags(base_model, folder, tmp_path, hflip=True))
-    assert learned(tmp_path)
