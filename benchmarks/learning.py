@@ -46,7 +46,7 @@ CONCEPTS = {"cat": "cat of noto", "plant": "potted-plant of noto"}
 CONCEPT = CONCEPTS["cat"]
 # Drawings that the model knows, as real class images: the paper's best results are with real ones.
 DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
-# The command line that README.md gives for the base model.
+# The command line that docs/small-model.md gives for the base model.
 RECIPE = {
     "pretrained_model_name_or_path": BASE,
     "instance_data_dir": ROOT / "examples" / "cat",

@@ -108,7 +108,7 @@ COLUMNS = {
 
 
 def goal_rows(machine: str) -> list[Row]:
-    """The project's goals on ``cpu`` or ``gpu``, and the README's recipes for small cards."""
+    """The project's goals on ``cpu`` or ``gpu``, and the recipes of docs/recipes.md for small cards."""
     if machine == "cpu":
         bf16 = ("--mixed_precision=bf16",) * computes_bf16()
         tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
