@@ -43,6 +43,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, help="The same rank for every layer, instead of --energy.")
     add("--dtype", choices=["fp16", "fp32"],
         help="Type of the numbers; if not given, fp16 for a LoRA and fp32 for a pipeline. A delta keeps its own.")
+    add("--bundle", action="store_true",
+        help="Put the words into the LoRA's own file, in the form that AUTOMATIC1111, Forge and OneTrainer read; other "
+        "programs want them in files of their own.")
     add("--token_name", nargs="+", metavar="NAME",
         help="Other names for the concept's tokens, in their order, such as '<my-cat>'; the prompt needs them then.")
     add("--output_dir", help="Must be new or empty; a LoRA gets its name. If not given, the concept's name and the "
@@ -59,6 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give --energy or --rank, not both")
     if args.format == "pipeline" and (args.rank or args.energy):
         parser.error("--format pipeline holds whole weights: --energy and --rank are for lora and delta")
+    if args.bundle and args.format != "lora":
+        parser.error("--bundle puts words into a LoRA: it needs --format lora")
     if args.format == "delta" and args.dtype:
         parser.error("--format delta keeps the type that was trained: --dtype is for lora and pipeline")
     if args.output_dir is None and args.format is not None:
@@ -95,7 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     base_model = None
     if args.format != "delta" or compressed or concept.differences:
         base_model = find_base_model(
-            args.pretrained_model_name_or_path, args.revision, args.variant, [concept], args.tokenizer_name
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            [concept],
+            args.tokenizer_name,
+            args.pretrained_vae_model_name_or_path,
         )
     if base_model is not None and args.format != "pipeline":
         originals = original_projections(base_model, [*concept.attention, *concept.differences])

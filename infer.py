@@ -114,13 +114,17 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
         UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
     base_model = find_base_model(
-        args.pretrained_model_name_or_path, args.revision, args.variant, concepts, args.tokenizer_name
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        concepts,
+        args.tokenizer_name,
+        args.pretrained_vae_model_name_or_path,
     )
     device = args.device or _best_device()
     dtype = _TYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if args.no_safety_checker else {}
     # Without its own scheduler, whose class may need packages that nobody has.
-    pipeline = base_model.pipeline(dtype, scheduler=None, **unchecked)
+    pipeline = base_model.pipeline(dtype, safety_checker=not args.no_safety_checker, scheduler=None)
     pipeline.scheduler = load_sampler(args.scheduler, base_model)
     apply_concepts(pipeline, *concepts, scale=args.scale)
     try:

@@ -76,7 +76,7 @@ from custom_diffusion.concept.files import CARD_NAME, Concept, find_base_model, 
 from custom_diffusion.concept.merging import merge_concepts, weigh_concepts
 from custom_diffusion.concept.parts import Part, concept_prompts, prepare_parts
 from custom_diffusion.concept.projections import original_projections
-from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
+from custom_diffusion.concept.text_features import CAPTIONS, TextModels, check_enough, read_captions
 from custom_diffusion.files import new_folder, write_bytes
 from custom_diffusion.models.base_model import BaseModel
 
@@ -91,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = prepare_parts(concepts, args.class_words)
     captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
     base_model = find_base_model(
-        args.pretrained_model_name_or_path, args.revision, args.variant, concepts, args.tokenizer_name
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        concepts,
+        args.tokenizer_name,
+        args.pretrained_vae_model_name_or_path,
     )
     with new_folder(args.output_dir) as folder:
         merged, outcome = merge_into(folder, args, parts, captions, base_model)
@@ -124,8 +129,9 @@ def merge_exactly(
     parts: Sequence[Part], originals: dict[str, Tensor], text_models: TextModels, captions: Sequence[str]
 ) -> tuple[Concept, dict[str, object], str]:
     """Merge so that the concepts' words keep their keys and values; also what to tell on the card and the screen."""
-    targets = text_models.target_features(parts)
-    merged, error = merge_concepts(parts, originals, targets, text_models.features(captions))
+    targets, regularization = text_models.target_features(parts), text_models.features(captions)
+    check_enough(regularization, len(captions))
+    merged, error = merge_concepts(parts, originals, targets, regularization)
     settings = {"captions": len(captions), "relative error of the constraint": f"{error:.1e}"}
     return merged, settings, f"the concepts' words keep their meaning to {error:.0e}"
 

@@ -62,10 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("base model").add_argument
     add("--pretrained_model_name_or_path", required=True,
-        help="Folder or Hub id of a Stable Diffusion 1.x or 2.x model.")
+        help="Folder or Hub id of a Stable Diffusion 1.x, 2.x or XL model.")
     add("--revision", help="Branch, tag or commit of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
     add("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's.")
+    add("--pretrained_vae_model_name_or_path",
+        help="Folder or Hub id of another VAE than the model's, such as madebyollin/sdxl-vae-fp16-fix.")
 
     add = parser.add_argument_group("concepts").add_argument
     add("--instance_data_dir", help="Folder with four or five images of the concept, or id of a dataset on the Hub; "
@@ -87,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="With several concepts, share of the steps, from 0 to 1, that show one beside another ('... next to ...') "
         "in images twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
     add("--resolution", type=positive_int, default=512,
-        help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768.")
+        help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768. If not given, 1024 for "
+        "Stable Diffusion XL.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -321,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     instance_images = find_instance_images(concepts)
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-    base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
-    configuration = read_configuration(base_model, args.resolution)
+    configuration = read_model(args, given_flags(argv))
+    base_model = configuration.base_model
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
     check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
@@ -373,6 +376,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(run, train(run))
 
 
+def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
+    """What the base model's small files say; without a given ``--resolution`` it becomes what the model is made for."""
+    base_model = BaseModel(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        other_vae=args.pretrained_vae_model_name_or_path,
+    )
+    configuration = read_configuration(base_model, args.resolution if "resolution" in given else None)
+    args.resolution = configuration.resolution
+    return configuration
+
+
 def build_dataset(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
@@ -396,6 +412,7 @@ def build_dataset(
         cutmix_probability=args.cutmix_probability,
         samples_per_step=args.train_batch_size * num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
+        with_time_ids=configuration.family.reads_time_ids,
     )
 
 

@@ -180,6 +180,11 @@ def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> Non
         help="Folder or Hub id of another tokenizer than the base model's. If not given, revision, variant and "
         "tokenizer are what training used, as the card of a concept of this base model says.",
     )
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Folder or Hub id of another VAE than the base model's, such as madebyollin/sdxl-vae-fp16-fix; if not "
+        "given, the one of training.",
+    )
 
 
 def end_quietly_on_interrupt() -> None:

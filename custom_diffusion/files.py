@@ -122,27 +122,51 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> N
     Raises:
         OSError: where it cannot be written.
     """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # mkstemp makes private files; a result follows the user's umask like any other.
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
             write(file)
-            file.flush()
+
+    write_by_name(path, fill)
+
+
+def write_by_name(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
+    """As :func:`write_whole`, for libraries that write no open file; ``write`` is called with the temporary name.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=_HALF_WRITTEN[0], suffix=_HALF_WRITTEN[1], dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes private files; a result follows the user's umask like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        # torch.save hides it behind a RuntimeError about a position in the file.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            if cause.errno is not None:
-                cause.filename = str(path)
-            raise cause from None
-        raise
+        temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        if cause.errno is not None:
+            cause.filename = str(path)
+        raise cause from None
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The system's error behind another one, if it is one."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__  # torch.save speaks of a position in the file instead
+    number = re.search(r"\(os error (\d+)\)", str(error))  # what safetensors says, in words alone
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

@@ -19,6 +19,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNING = {_TRANSPOSITIONS[number] for number in (5, 6, 7, 8)}  # those that exchange width and height
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -29,14 +30,25 @@ def upright(image: Image.Image) -> Image.Image:
     Args:
         image: loaded already, since some formats keep the orientation behind the pixels.
     """
+    transposition = _transposition(image)
+    return image if transposition is None else image.transpose(transposition)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image when it is :func:`upright`; Pillow decodes it only where it has to."""
+    width, height = image.size
+    return (height, width) if _transposition(image) in _TURNING else (width, height)
+
+
+def _transposition(image: Image.Image) -> Image.Transpose | None:
     for read in (_orientation, _orientation_alone):
         try:
             transposition = _TRANSPOSITIONS.get(read(image))
         except Exception:  # metadata comes from anywhere, and Pillow's reader raises nearly anything
             transposition = None
         if transposition is not None:
-            return image.transpose(transposition)
-    return image
+            return transposition
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from custom_diffusion.colours import to_srgb
 from custom_diffusion.files import write_whole
-from custom_diffusion.image_metadata import upright, without_metadata
+from custom_diffusion.image_metadata import upright, upright_size, without_metadata
 from custom_diffusion.text import first_line
 
 # Pillow's warnings about metadata name no file, and nothing depends on it.
@@ -50,6 +50,19 @@ def load_image(source: str | os.PathLike | IO[bytes], least_side: int | None = N
         with contextlib.suppress(Exception):
             return _decode(io.BytesIO(content), least_side)
     raise broken
+
+
+def image_size(source: str | os.PathLike) -> tuple[int, int]:
+    """Width and height in pixels of what :func:`load_image` gives, mostly without decoding it.
+
+    Raises:
+        OSError, Image.DecompressionBombError: as :func:`load_image` does.
+    """
+    try:
+        with Image.open(source) as opened:
+            return upright_size(opened)
+    except Exception:  # broken metadata makes Pillow raise nearly anything, and the pixels may be whole
+        return load_image(source).size
 
 
 def open_image(content: bytes, formats: list[str] | None = None) -> Image.Image:

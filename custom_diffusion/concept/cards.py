@@ -11,6 +11,11 @@ from huggingface_hub import ModelCardData
 from custom_diffusion.concept.files import CARD_KEYS, WEIGHTS_STEM, Concept
 from custom_diffusion.concept.parts import Part
 from custom_diffusion.concept.prompts import replace_words
+from custom_diffusion.models.families import FAMILIES, Family, family_with
+
+# What reads a word's file where diffusers does not by itself.
+FILE_IMPORT = "from safetensors.torch import load_file\n"
+PATH = "the path of this folder, or what huggingface_hub.snapshot_download gives"
 
 
 def model_card(
@@ -64,10 +69,15 @@ The licence of the base model holds for these weights too.
 
 def _how_to_use(concept: Concept, prompt: str, ending: str) -> str:
     """The section of a model card that shows how to load the concept."""
+    family = _family_of(concept)
     load_tokens = "".join(
         f'pipeline.load_textual_inversion(model, weight_name="{token}.{ending}")\n' for token in concept.tokens
     )
-    imports, options = _loading(concept)
+    imports, options = _loading(concept, ", dtype=torch.float16")
+    if len(family.text_encoders) > 1:
+        load_tokens = "".join(_load_word("model", token, f"{token}.{ending}", family) for token in concept.tokens)
+        imports += FILE_IMPORT
+    where = "the path of this folder, or its name on the Hub" if len(family.text_encoders) == 1 else PATH
     return f"""## Use it
 
 With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
@@ -82,7 +92,7 @@ With diffusers alone (`load_attn_procs` silently loads nothing unless it is give
 import torch
 from diffusers import DiffusionPipeline
 {imports}
-model = "."  # the path of this folder, or its name on the Hub
+model = "."  # {where}
 base_model = "{concept.base_model or "the model above"}"
 pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16{options}).to("cuda")
 pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.{ending}", _pipeline=pipeline)
@@ -94,16 +104,47 @@ them with the base model's.
 """
 
 
-def _loading(concept: Concept) -> tuple[str, str]:
-    """What Python needs to load the base model as it was trained: lines of imports, and more arguments."""
+def _load_word(folder: str, token: str, file: str, family: Family) -> str:
+    """Lines of Python that load a word with a vector for each of several text encoders.
+
+    Args:
+        folder: the variable with the path of the files.
+        file: the word's.
+    """
+    reader = 'torch.load(f"{%s}/%s", weights_only=True)' if file.endswith(".bin") else 'load_file(f"{%s}/%s")'
+    lines = [f"word = {reader % (folder, file)}"]
+    lines += [
+        f'pipeline.load_textual_inversion(word["{part.token_key}"], token="{token}", '
+        f"text_encoder=pipeline.{part.name}, tokenizer=pipeline.{part.tokenizer})"
+        for part in family.text_encoders
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _family_of(concept: Concept) -> Family:
+    """The family that a concept's words are for; without words, the oldest."""
+    return family_with(next(iter(concept.tokens.values()), {})) or FAMILIES[0]
+
+
+def _loading(concept: Concept, dtype: str = "") -> tuple[str, str]:
+    """What Python needs to load the base model as it was trained: lines of imports, and more arguments.
+
+    Args:
+        dtype: the argument that all parts are loaded with, if any.
+    """
     options = {"revision": concept.base_revision, "variant": concept.base_variant}
     given = "".join(f', {name}="{value}"' for name, value in options.items() if value is not None)
-    if concept.base_tokenizer is None:
-        return "", given
-    return (
-        "from transformers import CLIPTokenizer\n",
-        f'{given}, tokenizer=CLIPTokenizer.from_pretrained("{concept.base_tokenizer}")',
-    )
+    imports = ""
+    if concept.base_vae is not None:
+        imports += "from diffusers import AutoencoderKL\n"
+        given += f', vae=AutoencoderKL.from_pretrained("{concept.base_vae}"{dtype})'
+    if concept.base_tokenizer is not None:
+        imports += "from transformers import CLIPTokenizer\n"
+        several = len(_family_of(concept).text_encoders) > 1
+        for part in _family_of(concept).text_encoders:
+            folder = f', subfolder="{part.tokenizer}"' if several else ""
+            given += f', {part.tokenizer}=CLIPTokenizer.from_pretrained("{concept.base_tokenizer}"{folder})'
+    return imports, given
 
 
 def _metadata(concept: Concept, tags: Sequence[str], instance_prompt: str | None, widget: list[Any]) -> str:
@@ -114,7 +155,7 @@ def _metadata(concept: Concept, tags: Sequence[str], instance_prompt: str | None
         license_name="as-the-base-model",
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion", *tags],
+        tags=["text-to-image", "diffusers", _family_of(concept).tag, *tags],
         instance_prompt=instance_prompt,
         widget=widget,
         **{CARD_KEYS[name]: getattr(concept, name) for name in CARD_KEYS if name != "instance_prompt"},
@@ -126,33 +167,58 @@ def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def lora_card(concept: Concept, name: str, embeddings: Mapping[str, str]) -> str:
+def lora_card(concept: Concept, name: str, embeddings: Mapping[str, str], is_bundle: bool = False) -> str:
     """How to use an exported LoRA, program by program.
 
     Args:
         name: of the LoRA's file.
         embeddings: token to the name of its embedding's file, without ending.
+        is_bundle: the embeddings are in the LoRA's file.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens)
     prompt = (concept.instance_prompt or " ".join(concept.tokens)).split(", ")[0]
+    tags = ["lora", "textual_inversion", "custom-diffusion"]
+    # The Hub refuses a card whose base model is no model of its own, such as a local folder.
+    data = _metadata(concept.without_local_paths(), tags, concept.instance_prompt, [{"text": prompt}])
+    write = _bundle_in_programs if is_bundle else _lora_in_programs
+    return f"""{data}
+# LoRA and embeddings of {words}
+
+For {concept.base_model or "the base model"}. {write(concept, prompt, name, embeddings)}"""
+
+
+def _bundle_in_programs(concept: Concept, prompt: str, name: str, embeddings: Mapping[str, str]) -> str:
+    names = ", ".join(f"`{stem}` for `{token}`" for token, stem in embeddings.items())
+    plain, lora = replace_words(prompt, embeddings), name.removesuffix(".safetensors")
+    return f"""`{name}` has all that was learned, the words too.
+
+| program | where it goes | prompt |
+|---|---|---|
+| AUTOMATIC1111, Forge | `models/Lora` | `{plain} <lora:{lora}:1>` |
+| OneTrainer | a LoRA to start from | `{plain}` |
+
+In these programs the words are: {names}. Diffusers, ComfyUI and InvokeAI read words from files of their own: export
+without `--bundle` for these.
+"""
+
+
+def _lora_in_programs(concept: Concept, prompt: str, name: str, embeddings: Mapping[str, str]) -> str:
     comfy = replace_words(prompt, {token: f"embedding:{stem}" for token, stem in embeddings.items()})
     plain = replace_words(prompt, embeddings)
     invoke = replace_words(prompt, {token: f"<{stem}>" for token, stem in embeddings.items()})
     lora = name.removesuffix(".safetensors")
-    base_model = concept.base_model or "the base model"
-    loads = "".join(
+    family = _family_of(concept)
+    imports, options = _loading(concept)
+    loads = [
         f'pipeline.load_textual_inversion(folder, weight_name="{stem}.safetensors", token="{token}")\n'
         for token, stem in embeddings.items()
-    )
+    ]
+    if len(family.text_encoders) > 1:
+        loads = [_load_word("folder", token, f"{stem}.safetensors", family) for token, stem in embeddings.items()]
+        imports += FILE_IMPORT
+    where = "or the name on the Hub" if len(family.text_encoders) == 1 else PATH
     names = ", ".join(f"`{stem}` for `{token}`" for token, stem in embeddings.items())
-    imports, options = _loading(concept)
-    tags = ["lora", "textual_inversion", "custom-diffusion"]
-    # The Hub refuses a card whose base model is no model of its own, such as a local folder.
-    data = _metadata(concept.without_local_paths(), tags, concept.instance_prompt, [{"text": prompt}])
-    return f"""{data}
-# LoRA and embeddings of {words}
-
-For {base_model}. `{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
+    return f"""`{name}` has what was learned of the attention, each other `.safetensors` one word. Both are needed.
 
 | program | `{name}` goes to | the words go to | prompt |
 |---|---|---|---|
@@ -168,10 +234,10 @@ In Python, with `pip install peft`:
 ```python
 from diffusers import DiffusionPipeline
 {imports}
-folder = "."  # or the name on the Hub
-pipeline = DiffusionPipeline.from_pretrained("{base_model}"{options})
+folder = "."  # {where}
+pipeline = DiffusionPipeline.from_pretrained("{concept.base_model or "the base model"}"{options})
 pipeline.load_lora_weights(folder, weight_name="{name}")
-{loads}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
+{"".join(loads)}image = pipeline("{prompt}", guidance_scale=6.0).images[0]
 ```
 """
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from custom_diffusion.concept.prompts import replace_words
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.families import Family
 from custom_diffusion.models.vocabulary import check_new_words, fold
 from custom_diffusion.text import first_line
 
@@ -63,22 +65,39 @@ def rename_tokens(concept: Concept, names: Sequence[str], base_model: BaseModel 
 def export_lora(
     concept: Concept, base_model: BaseModel, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path
 ) -> None:
-    """Write a LoRA in kohya-ss' naming, and one embedding file per token."""
+    """Write a LoRA in kohya-ss' naming, and one embedding file per token, or all in one with ``--bundle``."""
+    family = base_model.family()
     decompositions = decompose(concept, originals)
     ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
-    dtype = DTYPES[args.dtype or "fp16"]
-    tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
-    tokenizers = base_model.tokenizers(base_model.family())
-    embeddings = embedding_names(list(concept.tokens), tokenizers.values())
+    layer_name = partial(family.kohya_name, unet=base_model.unet_configuration())
+    factors = {key: d.factors(ranks[key]) for key, d in decompositions.items()}
+    tensors = formats.to_lora(factors, DTYPES[args.dtype or "fp16"], layer_name)
+    embeddings = embedding_names(list(concept.tokens), base_model.tokenizers(family).values())
     name = lora_name(folder, embeddings.values())
-    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
+    contents = {
+        embeddings[token]: formats.to_embedding(vectors_by_key(token, vectors))
+        for token, vectors in concept.tokens.items()
+    }
+    if args.bundle:
+        tensors |= formats.bundled(contents)
+    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks, family))
     write_bytes(folder / name, data)
-    for token, vectors in concept.tokens.items():
-        content = formats.to_embedding(vectors_by_key(token, vectors))
+    for token, stem in embeddings.items() if not args.bundle else ():
         # Programs name a word after its file; the token itself is inside.
-        embedding = safetensors.torch.save(content, metadata={"format": "pt", "token": token})
-        write_bytes(folder / f"{embeddings[token]}.safetensors", embedding)
-    write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings).encode())
+        embedding = safetensors.torch.save(contents[stem], metadata={"format": "pt", "token": token})
+        write_bytes(folder / f"{stem}.safetensors", embedding)
+    write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings, args.bundle).encode())
+    warn_of_biases(concept, originals)
+    print(
+        f"{folder / name}: rank {min(ranks.values())} to {max(ranks.values())}, {len(data) / 1e6:.1f} MB, "
+        f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+    )
+    others = "OneTrainer" if args.bundle else "diffusers, ComfyUI and InvokeAI"
+    print(f"In AUTOMATIC1111/Forge, {others}: see {folder / CARD_NAME}")
+
+
+def warn_of_biases(concept: Concept, originals: Mapping[str, Tensor]) -> None:
+    """Say what a LoRA cannot hold."""
     biases = [key for key, weight in concept.attention.items() if weight.dim() == 1]
     if biases:
         change = sum((concept.attention[key] - originals[key]).float().square().sum().item() for key in biases)
@@ -88,11 +107,6 @@ def export_lora(
             f"out (they changed by {math.sqrt(change / max(whole, 1e-300)):.1%}); --format pipeline or delta holds all",
             file=sys.stderr,
         )
-    print(
-        f"{folder / name}: rank {min(ranks.values())} to {max(ranks.values())}, {len(data) / 1e6:.1f} MB, "
-        f"relative error of the change {relative_error(decompositions, ranks):.1%}"
-    )
-    print("In diffusers, ComfyUI, AUTOMATIC1111/Forge and InvokeAI: see " + str(folder / CARD_NAME))
 
 
 def chosen_rank(decomposition: Decomposition, args: argparse.Namespace) -> int:
@@ -134,7 +148,7 @@ def embedding_names(tokens: Sequence[str], tokenizers: Collection[Any]) -> dict[
     return names
 
 
-def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
+def lora_metadata(concept: Concept, ranks: Mapping[str, int], family: Family) -> dict[str, str]:
     """What programs read of a LoRA without loading it; kohya-ss' names."""
     vectors = next(iter(concept.tokens.values()), {})
     width = sum(len(vector) for vector in vectors.values())  # as the cross-attention has it
@@ -143,8 +157,8 @@ def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks.values())) if same else "Dynamic",
         "ss_network_alpha": str(max(ranks.values())),
-        "ss_base_model_version": {768: "sd_v1", 1024: "sd_v2"}.get(width, "unknown"),
-        "ss_v2": str(width == 1024),
+        "ss_base_model_version": family.kohya_version(width),
+        "ss_v2": str(family.kohya_version(width) == "sd_v2"),
         "modelspec.trigger_phrase": " ".join(concept.tokens),
     }
     return {"format": "pt"} | metadata

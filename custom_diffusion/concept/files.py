@@ -5,7 +5,8 @@ This module is the only place that knows our own format. A concept is a folder (
 - ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
   projections, under the keys of diffusers' Custom Diffusion processors;
 - ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``, or where
-  the base model has several text encoders a vector for each, under the names that :mod:`families` gives them;
+  the base model has several text encoders, as Stable Diffusion XL has, a vector of shape (1, width) for each:
+  ``{"clip_l": ..., "clip_g": ...}``, as other programs name and read them;
 - ``README.md``: a model card whose ``base_model`` says which model the weights belong to.
 
 The authors' ``delta.bin`` is read in place of these (:mod:`formats` knows its layout).
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from custom_diffusion.concept import formats
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_bytes, write_whole
+from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_by_name, write_whole
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import FAMILIES, family_with
 from custom_diffusion.text import first_line
@@ -36,7 +37,7 @@ from custom_diffusion.text import first_line
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
 CARD_NAME = "README.md"
-MOST_DOWNLOADED_BYTES = 2 * 2**30  # a concept of all projections of the largest base models takes a tenth of it
+MOST_DOWNLOADED_BYTES = 5 * 2**29  # all projections of Stable Diffusion XL take 2.03 GiB in fp32
 MAX_TOKEN_BYTES = 200  # file names hold 255 bytes; the ending and a temporary name need some of them
 
 # Windows forbids more than a separator needs, the customary angle brackets among it.
@@ -54,7 +55,7 @@ class Concept:
         tokens: modifier token to its embeddings, one per text encoder of the base model, by the encoder's name:
             ``{"<new1>": {"text_encoder": vector of shape (text width,)}}``.
         base_model: the model that was fine-tuned (Hub id or folder), where it is known.
-        base_revision, base_variant, base_tokenizer: what else it takes to load it as it was trained, see
+        base_revision, base_variant, base_tokenizer, base_vae: what else it takes to load it as it was trained, see
             :class:`BaseModel`.
         source: where the concept was read from, for messages.
         differences: keyed like ``attention``, projections that are known only as difference from the base model's
@@ -71,6 +72,7 @@ class Concept:
     base_revision: str | None = None
     base_variant: str | None = None
     base_tokenizer: str | None = None
+    base_vae: str | None = None
 
     def trained_on(self, base_model: BaseModel) -> Concept:
         """The same concept, with all that it takes to load this base model."""
@@ -80,6 +82,7 @@ class Concept:
             base_revision=base_model.revision,
             base_variant=base_model.variant,
             base_tokenizer=base_model.tokenizer,
+            base_vae=base_model.other_vae,
         )
 
     def without_local_paths(self) -> Concept:
@@ -89,6 +92,8 @@ class Concept:
             concept = replace(concept, base_model=None, base_revision=None, base_variant=None)
         if self.base_tokenizer is not None and not is_hub_id(self.base_tokenizer):
             concept = replace(concept, base_tokenizer=None)
+        if self.base_vae is not None and not is_hub_id(self.base_vae):
+            concept = replace(concept, base_vae=None)
         return concept
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,8 +152,7 @@ def save_concept(
         check_token_name(token)
     _check_finite(concept)
     folder.mkdir(parents=True, exist_ok=True)
-    # Clones, because a view would be stored with all the memory behind it: the example's token files are 152 MB.
-    cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in concept.attention.items()}
+    cpu = {key: _to_save(tensor) for key, tensor in concept.attention.items()}
     untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
     files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
     written = []
@@ -157,7 +161,9 @@ def save_concept(
         if cpu:
             contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
         for stem, tensors in contents.items():
-            write_bytes(folder / f"{stem}.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+            # By name, which copies nothing: as bytes they would be in memory a second time.
+            save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
+            write_by_name(folder / f"{stem}.safetensors", save)
             written.append(f"{stem}.safetensors")
     if bin_too:
         contents = dict(files)
@@ -213,7 +219,7 @@ def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[
             foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
             if foreign is not None:
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
-        elif vectors := _vectors_of_token(stem, content):
+        elif vectors := _vectors_of_token(path, stem, content):
             tokens[stem] = vectors
     return attention, tokens
 
@@ -235,19 +241,40 @@ def vectors_by_key(token: str, vectors: Mapping[str, Tensor]) -> dict[str | None
 def _token_file(token: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The content of a token's file: its vector under its own name, or several under the names of their encoders."""
     by_key = vectors_by_key(token, vectors)
-    return {key or token: vector.detach().to("cpu", copy=True) for key, vector in by_key.items()}
+    # The example writes a vector by itself; the programs that know the names of encoders want rows.
+    return {key or token: _to_save(vector.unsqueeze(0) if key else vector) for key, vector in by_key.items()}
 
 
-def _vectors_of_token(token: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of :func:`_token_file`; nothing for a file that is no token's."""
-    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in content.values()):
+def _vectors_of_token(path: Path, token: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of :func:`_token_file`; nothing for a file that is no token's.
+
+    Raises:
+        UserError: for a file that has the vectors of some of a family's text encoders.
+    """
+    if not all(isinstance(vector, Tensor) for vector in content.values()):
+        return {}
+    # The clones leave behind the whole embedding table that the example stores with each vector.
+    vectors = {key: vector.clone().squeeze(0) if vector.dim() == 2 else vector for key, vector in content.items()}
+    if not all(vector.dim() == 1 for vector in vectors.values()):
         return {}
     for family in FAMILIES:
         keys = {part.token_key or token: part.name for part in family.text_encoders}
-        if set(keys) == set(content):
-            # The clones leave behind the whole embedding table that the example stores with each vector.
-            return {name: content[key].clone() for key, name in keys.items()}
+        if set(keys) == set(vectors):
+            return {name: vectors[key].clone() for key, name in keys.items()}
+        if vectors and vectors.keys() < keys.keys():
+            missing = ", ".join(key for key in keys if key not in vectors)
+            raise UserError(f"{path} lacks {missing}: a word of {family.name} has a vector for each text encoder")
     return {}
+
+
+def _to_save(tensor: Tensor) -> Tensor:
+    """A tensor in memory and without gradient, with nothing behind it; copied only where it has to be.
+
+    A view would be stored with all the memory behind it (the example's token files are 152 MB), and a copy of all that
+    is trained of Stable Diffusion XL takes 1.4 GB.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _check_finite(concept: Concept) -> None:
@@ -274,9 +301,7 @@ def _by_text_encoder(path: Path, token: str, vectors: Sequence[Tensor]) -> dict[
         if len(family.text_encoders) == len(vectors):
             # Clones as above: whoever saved these may have stored views too.
             return {part.name: vector.clone() for part, vector in zip(family.text_encoders, vectors, strict=True)}
-    raise UserError(
-        f"{path} has {len(vectors)} vectors for {token!r}, as those of Stable Diffusion XL have: it cannot be read"
-    )
+    raise UserError(f"{path} has {len(vectors)} vectors for {token!r}: no family that is known has as many encoders")
 
 
 def _local_path(source: str) -> Path:
@@ -346,6 +371,7 @@ CARD_KEYS = {
     "base_revision": "base_model_revision",
     "base_variant": "base_model_variant",
     "base_tokenizer": "base_model_tokenizer",
+    "base_vae": "base_model_vae",
 }
 
 
@@ -370,12 +396,13 @@ def find_base_model(
     variant: str | None,
     concepts: Sequence[Concept],
     tokenizer: str | None = None,
+    other_vae: str | None = None,
 ) -> BaseModel:
     """The base model of the command line, or else the one that the concepts' cards name.
 
     Args:
-        given, revision, variant, tokenizer: of the command line. What it leaves out of the last three is taken from a
-            card that names the same model.
+        given, revision, variant, tokenizer, other_vae: of the command line. What it leaves out of the last four is
+            taken from a card that names the same model.
 
     Raises:
         UserError: where none is known, the cards disagree, or there is no such folder.
@@ -395,7 +422,9 @@ def find_base_model(
         tokenizer = _check_agreement(same, "base_tokenizer", "--tokenizer_name")
     if variant is None and same:
         variant = same[0].base_variant  # the same weights, in other files
-    return BaseModel(name, revision, variant, tokenizer)
+    if other_vae is None:
+        other_vae = _check_agreement(same, "base_vae", "--pretrained_vae_model_name_or_path")
+    return BaseModel(name, revision, variant, tokenizer, other_vae)
 
 
 def _check_agreement(concepts: Sequence[Concept], attribute: str, flag: str) -> str | None:
@@ -409,7 +438,7 @@ def _check_agreement(concepts: Sequence[Concept], attribute: str, flag: str) -> 
         first = first or concept
         one, other = getattr(first, attribute), getattr(concept, attribute)
         if one != other:
-            what = attribute.removeprefix("base_").replace("model", "base model")
+            what = attribute.removeprefix("base_").replace("model", "base model").replace("vae", "VAE")
             raise UserError(
                 f"{first.source!r} was trained with the {what} {one!r} and {concept.source!r} with {other!r}; "
                 f"if these are the same, give {flag}"

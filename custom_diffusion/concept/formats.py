@@ -12,7 +12,7 @@ Beside :mod:`files` because each layout is a translation of the same two tables,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,25 +138,37 @@ def to_delta(
     }
 
 
-def to_lora(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+def to_lora(
+    factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype, layer_name: Callable[[str], str]
+) -> dict[str, Tensor]:
     """A LoRA in kohya-ss' naming: ``lora_unet_..._attn2_to_k.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
 
     Args:
         factors: key to (u, v) of shapes (out, rank) and (rank, in) with u @ v the difference; equal norms on both
             sides keep half precision from underflowing.
         dtype: type to store the factors in.
+        layer_name: of one of the UNet's layers, what kohya-ss' scripts call it.
     """
     # Programs multiply by alpha / rank. One alpha for all layers, with the rest in the factors: diffusers (0.42) drops
     # alphas that differ between layers, with a warning only, and scales those layers wrongly.
     alpha = float(max((len(v) for _, v in factors.values()), default=1))
     tensors = {}
     for key, (u, v) in factors.items():
-        name = "lora_unet_" + parameter_name(key).removesuffix(".weight").replace(".", "_")
+        name = "lora_unet_" + layer_name(parameter_name(key).removesuffix(".weight"))
         scale = (len(v) / alpha) ** 0.5
         tensors[f"{name}.lora_down.weight"] = (v * scale).to(dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = (u * scale).to(dtype).contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Embeddings inside a LoRA's file, as AUTOMATIC1111 and OneTrainer have them: ``bundle_emb.new1.clip_l``.
+
+    Args:
+        embeddings: name of each word to its embedding file's content, see :func:`to_embedding`.
+    """
+    return {f"bundle_emb.{word}.{key}": rows for word, own in embeddings.items() for key, rows in own.items()}
 
 
 def to_embedding(vectors: Mapping[str | None, Tensor]) -> dict[str, Tensor]:

@@ -40,6 +40,24 @@ def read_captions(path: Path, count: int) -> list[str]:
     return [captions[number * len(captions) // count] for number in range(count)]
 
 
+def check_enough(features: Tensor, num_captions: int) -> None:
+    """Make sure that captions say as much as the closed form of merging asks about.
+
+    Args:
+        features: those of the captions, (number of tokens, width).
+
+    Raises:
+        UserError: for fewer tokens than the features are wide, with how many captions would do.
+    """
+    count, width = features.shape
+    if count < width:
+        needed = -(-width * num_captions // count)
+        raise UserError(
+            f"the {num_captions} captions have {count} words, too few for text features of width {width}: give some "
+            f"{needed} with --captions and --num_captions"
+        )
+
+
 @dataclass(frozen=True)
 class TextModels:
     """All of a base model that reads text.

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 # Keys of a sample, without the kind of image before them, to keys of a batch.
-_NAMES = {"images": "pixel_values", "posterior": "posterior", "prompt_ids": "input_ids", "conditioning": "conditioning"}
+_NAMES = {
+    "images": "pixel_values",
+    "posterior": "posterior",
+    "prompt_ids": "input_ids",
+    "conditioning": "conditioning",
+    "time_ids": "time_ids",
+}
 
 
 def position_batches(first: int, count: int, batch_size: int, process: int, num_processes: int) -> list[list[int]]:
@@ -36,6 +42,7 @@ def collate_fn(
         ``posterior_noise`` (N, latent_channels, mask_size, mask_size), ``timesteps`` (N,), where N is the number of
         examples, doubled with prior preservation. ``input_ids`` per text encoder, (M, length), of the first M
         captions, and ``conditioning``, tensors of N - M each, of the others; either is absent where it would be empty.
+        ``time_ids`` (N, 6), where the samples have them.
     """
     kinds = ["instance", "class"] if with_prior_preservation else ["instance"]
     generators = [torch.Generator().manual_seed(example["noise_seed"]) for example in examples]

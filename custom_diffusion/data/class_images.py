@@ -102,9 +102,8 @@ def generate_class_images(
         return
 
     default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
-    pipeline = base_model.pipeline(
-        PRECISIONS.get(args.prior_generation_precision, default), safety_checker=None, requires_safety_checker=False
-    ).to(accelerator.device)
+    dtype = PRECISIONS.get(args.prior_generation_precision, default)
+    pipeline = base_model.pipeline(dtype, safety_checker=False).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     for folder, prompts in missing:
         _fill(folder, prompts, pipeline, accelerator, args)

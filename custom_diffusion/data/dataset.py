@@ -38,6 +38,7 @@ class CustomDiffusionDataset(Dataset):
         samples_per_step: how many samples, of all processes, make a step: they are all pairs or none, so that a batch
             has one shape.
         padding_mode: see :class:`views.Renderer`.
+        with_time_ids: say with each sample which part of how large an image it shows.
 
     Attributes:
         posteriors: what :func:`caching.encode_views` gives; samples then have posteriors in place of pixels.
@@ -60,6 +61,7 @@ class CustomDiffusionDataset(Dataset):
         cutmix_probability: float = 0.0,
         samples_per_step: int = 1,
         padding_mode: str = "constant",
+        with_time_ids: bool = False,
     ) -> None:
         self.stream = SampleStream(
             instance_images,
@@ -76,6 +78,7 @@ class CustomDiffusionDataset(Dataset):
         self.renderer = Renderer(size, mask_size, padding_mode)
         self.instance_images = instance_images
         self.class_images = class_images
+        self.with_time_ids = with_time_ids
         self.posteriors: dict[View, Tensor] = {}
         self.conditioning: dict[str, dict[str, Conditioning]] = {}
         self._tokenize = tokenize
@@ -95,8 +98,9 @@ class CustomDiffusionDataset(Dataset):
             ``class_prompt_ids`` alike; ``noise_seed``, from which :func:`batches.collate_fn` draws noise and
             timesteps. Where the images are encoded already, ``instance_posterior`` (2, C, mask_size, mask_size) and
             ``class_posterior`` take the place of the images; where the captions are, ``instance_conditioning`` and
-            ``class_conditioning`` that of the ids. Two images beside each other are twice as wide, and so are their
-            masks and posteriors.
+            ``class_conditioning`` that of the ids. ``instance_time_ids`` and ``class_time_ids`` (6,), where they are
+            wanted, as :meth:`views.Renderer.time_ids` gives them. Two images beside each other are twice as wide, and
+            so are their masks and posteriors.
         """
         sample = self.draw(position)
         example: dict[str, Any] = {"noise_seed": sample.noise_seed}
@@ -111,6 +115,8 @@ class CustomDiffusionDataset(Dataset):
             else:
                 example[f"{kind}_images"] = torch.cat([self.renderer.render(view) for view in views], dim=-1)
             example[f"{kind}_mask"] = torch.cat([self.renderer.mask(view) for view in views], dim=-1)
+            if self.with_time_ids:
+                example[f"{kind}_time_ids"] = self.renderer.time_ids(views)
             if kind in self.conditioning:
                 example[f"{kind}_conditioning"] = self.conditioning[kind][prompt]
             else:

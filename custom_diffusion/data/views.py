@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from custom_diffusion.images import load_image
+from custom_diffusion.images import image_size, load_image
 
 # To be raised when the pixels of any view change, here or in images.py: kept latents are then encoded again.
 RENDERING_VERSION = 1
@@ -50,6 +52,7 @@ class Renderer:
         self.mask_size = mask_size
         self.padding_mode = padding_mode
         self._last_image: tuple[Path, Image.Image] | None = None
+        self._image_size = cache(image_size)
 
     def render(self, view: View) -> Tensor:
         """The pixels of a view, (3, size, size) in [-1, 1].
@@ -80,6 +83,32 @@ class Renderer:
         top, left = self._place(view, view.scale)
         mask[slice(*_cells_inside(top, view.scale, factor)), slice(*_cells_inside(left, view.scale, factor))] = 1.0
         return mask
+
+    def time_ids(self, views: Sequence[View]) -> Tensor:
+        """What views beside each other show of their originals (Stable Diffusion XL's paper, section 2.2).
+
+        One view shows its image at this size, cropped there: away from the square that is taken, or by a zoom. Several
+        make an image of their own, of which all is seen.
+
+        Returns:
+            (6,): height and width of the original, top and left of the crop in the image as it was resized, and
+            height and width of what is shown, all in pixels.
+        """
+        shown = [self.size, self.size * len(views)]
+        if len(views) > 1:
+            return torch.tensor([*shown, 0, 0, *shown], dtype=torch.float32)
+        (view,) = views
+        width, height = self._image_size(view.path)
+        side = min(width, height)
+        zoom = (0, 0)
+        if view.scale is None:
+            corner, factor = (_offset(view.top, height - side), _offset(view.left, width - side)), self.size / side
+        else:
+            corner, factor = ((height - side) // 2, (width - side) // 2), view.scale / side
+            if view.scale > self.size:
+                zoom = self._place(view, view.scale)
+        crop = [int(start * factor) + offset for start, offset in zip(corner, zoom, strict=True)]
+        return torch.tensor([height, width, *crop, *shown], dtype=torch.float32)
 
     def _load(self, view: View) -> Image.Image:
         # Where views are encoded, those of an image follow each other: it is decoded once then.

@@ -38,12 +38,14 @@ class BaseModel:
         revision: branch, tag or commit on the Hub.
         variant: of the files, such as fp16.
         tokenizer: folder or Hub id of another tokenizer than the model's own.
+        other_vae: folder or Hub id of another VAE than the model's own.
     """
 
     name: str
     revision: str | None = None
     variant: str | None = None
     tokenizer: str | None = None
+    other_vae: str | None = None
 
     def load(self, loader: Callable[..., Any], subfolder: str | None = None, **options: Any) -> Any:
         """Call a ``from_pretrained`` or ``load_config`` on the model, or on the part of it in ``subfolder``.
@@ -91,9 +93,18 @@ class BaseModel:
         index = self.index()
         return family_of(index.keys(), f"{self.name!r}, a {index.get('_class_name')},")
 
-    def pipeline(self, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
-        """The whole pipeline; ``options`` go to ``from_pretrained``."""
+    def pipeline(self, dtype: torch.dtype, safety_checker: bool = True, **options: Any) -> DiffusionPipeline:
+        """The whole pipeline.
+
+        Args:
+            safety_checker: load the model's, if it has one.
+            options: go to ``from_pretrained``.
+        """
         family = self.family()
+        if not safety_checker:
+            options = {**family.unchecked, **options}
+        if self.other_vae is not None:
+            options = {"vae": self.vae(dtype)} | options
         if self.tokenizer is not None:
             tokenizers = self.tokenizers(family)
             options = {part.tokenizer: tokenizers[part.name] for part in family.text_encoders} | options
@@ -125,7 +136,10 @@ class BaseModel:
             if other is None:
                 tokenizer, whose = self.load(CLIPTokenizer.from_pretrained, part.tokenizer), f"of {self.name!r}"
             else:
-                tokenizer, whose = _other_tokenizer(other, self.revision), f"{other!r} (--tokenizer_name)"
+                # Several encoders read the same words, but their tokenizers pad differently.
+                subfolder = part.tokenizer if len(family.text_encoders) > 1 else ""
+                tokenizer = _other_tokenizer(other, self.revision, subfolder)
+                whose = f"{other!r} (--tokenizer_name)"
             config = CLIPTextConfig.from_dict(self.text_configuration(part))
             if not FEWEST_ENTRIES <= len(tokenizer) <= config.vocab_size:
                 raise UserError(
@@ -144,6 +158,10 @@ class BaseModel:
             for part in family.text_encoders
         }
 
+    def unet_configuration(self) -> dict[str, Any]:
+        """The configuration of the UNet."""
+        return dict(self.load(UNet2DConditionModel.load_config, "unet"))
+
     def unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         """The UNet, frozen."""
         unet = self.load(UNet2DConditionModel.from_pretrained, "unet", variant=self.variant, dtype=dtype)
@@ -151,8 +169,17 @@ class BaseModel:
 
     def vae(self, dtype: torch.dtype, **options: Any) -> AutoencoderKL:
         """The VAE, frozen; ``options`` go to ``from_pretrained``."""
-        vae = self.load(AutoencoderKL.from_pretrained, "vae", variant=self.variant, dtype=dtype, **options)
+        if self.other_vae is not None:
+            vae = _load_other_vae(self.other_vae, AutoencoderKL.from_pretrained, dtype=dtype, **options)
+        else:
+            vae = self.load(AutoencoderKL.from_pretrained, "vae", variant=self.variant, dtype=dtype, **options)
         return vae.requires_grad_(False)
+
+    def vae_configuration(self) -> dict[str, Any]:
+        """The configuration of the VAE."""
+        if self.other_vae is not None:
+            return dict(_load_other_vae(self.other_vae, AutoencoderKL.load_config))
+        return dict(self.load(AutoencoderKL.load_config, "vae"))
 
     def unet_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the UNet's weights by name, in float32; the rest is not kept.
@@ -167,11 +194,23 @@ class BaseModel:
             raise UserError(f"the base model {self.name!r} has no {error.args[0]}: it is another model") from None
 
 
-def _other_tokenizer(name: str, revision: str | None) -> CLIPTokenizer:
+def _other_tokenizer(name: str, revision: str | None, subfolder: str) -> CLIPTokenizer:
     try:
-        return CLIPTokenizer.from_pretrained(name, revision=revision or "main")
+        return CLIPTokenizer.from_pretrained(name, revision=revision or "main", subfolder=subfolder)
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer {name!r} (--tokenizer_name)") from error
+        inside = f": it needs the folder {subfolder}" if subfolder else ""
+        raise UserError(f"cannot load the tokenizer {name!r} (--tokenizer_name){inside}") from error
+
+
+def _load_other_vae(name: str, loader: Callable[..., Any], **options: Any) -> Any:
+    """Call a ``from_pretrained`` or ``load_config`` on a VAE, or on the VAE of a whole model."""
+    if Path(name, "vae").is_dir():
+        options["subfolder"] = "vae"
+    try:
+        return loader(name, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError, EntryNotFoundError, KeyError, ...
+        reason = first_line(error)
+        raise UserError(f"cannot load the VAE {name!r} (--pretrained_vae_model_name_or_path): {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -181,42 +220,48 @@ class ModelConfiguration:
     Attributes:
         base_model: the model.
         family: which family it is of.
+        index: its ``model_index.json``.
         noise_scheduler: how its latents are noised, and whether noise or velocity is predicted.
         vae: the VAE's configuration.
         latent_channels: of its latents.
-        latent_size: side of the latents of the training images.
+        resolution: side of the training images in pixels.
+        latent_size: side of their latents.
     """
 
     base_model: BaseModel
     family: Family
+    index: dict[str, Any]
     noise_scheduler: DDPMScheduler
     vae: dict[str, Any]
     latent_channels: int
+    resolution: int
     latent_size: int
 
 
-def read_configuration(base_model: BaseModel, resolution: int) -> ModelConfiguration:
+def read_configuration(base_model: BaseModel, resolution: int | None) -> ModelConfiguration:
     """Look at a model's configuration files, before any weights are read.
 
     Args:
-        resolution: side of the training images in pixels.
+        resolution: side of the training images in pixels; None for what the model's family is made for.
 
     Raises:
         UserError: for a model that is missing, of another family or not whole, or that could not be trained and then
             drawn with; or a resolution that the VAE cannot take.
     """
-    family, parts = base_model.family(), {}
-    problem = _index_problem(family, base_model.index())
+    family, index, parts = base_model.family(), base_model.index(), {}
+    resolution = resolution or family.resolution
+    problem = _index_problem(family, index)
     if not problem:
-        parts = {"unet": base_model.load(UNet2DConditionModel.load_config, "unet")}
-        parts["vae"] = base_model.load(AutoencoderKL.load_config, "vae")
+        parts = {"unet": base_model.unet_configuration()}
+        parts["vae"] = base_model.vae_configuration()
         parts["scheduler"] = base_model.load(DDPMScheduler.load_config, "scheduler")
         parts |= {part.name: base_model.text_configuration(part) for part in family.text_encoders}
-        problem = _class_problem(parts) or family.problem(base_model.index(), parts)
+        problem = _class_problem(parts) or family.problem(index, parts)
     if problem:
         raise UserError(f"{base_model.name!r} cannot be trained: {problem}")
     if Path(base_model.name).is_dir():
-        weighted = ["unet", "vae", *(part.name for part in family.text_encoders)]
+        weighted = ["unet", *(part.name for part in family.text_encoders)]
+        weighted += [] if base_model.other_vae else ["vae"]
         problem = missing_weights(Path(base_model.name), weighted, base_model.variant)
         if problem:
             raise UserError(problem)
@@ -233,7 +278,16 @@ def read_configuration(base_model: BaseModel, resolution: int) -> ModelConfigura
             f"--resolution {resolution} is no multiple of {factor}, which the VAE needs: "
             f"take {below or factor} or {below + factor}"
         )
-    return ModelConfiguration(base_model, family, noise_scheduler, vae, vae["latent_channels"], resolution // factor)
+    return ModelConfiguration(
+        base_model=base_model,
+        family=family,
+        index=index,
+        noise_scheduler=noise_scheduler,
+        vae=vae,
+        latent_channels=vae["latent_channels"],
+        resolution=resolution,
+        latent_size=resolution // factor,
+    )
 
 
 def _index_problem(family: Family, index: Mapping[str, Any]) -> str:
@@ -245,7 +299,7 @@ def _index_problem(family: Family, index: Mapping[str, Any]) -> str:
         entry = index.get(part)
         found = entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
         if found is None:
-            return f"it has no {part}"
+            return family.without.get(part, f"it has no {part}")
         if wanted is not None and found.removesuffix("Fast") != wanted:
             return f"its {part} is a {found} in place of a {wanted}"
     return ""

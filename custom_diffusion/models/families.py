@@ -8,18 +8,23 @@ in :data:`FAMILIES`.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.models.recognizing import unet_problem
+from custom_diffusion.models.recognizing import DISTILLED, unet_problem, vae_problem
+
+# How many numbers an image's time ids are.
+TIME_IDS = 6
 
 # Text encoders by name.
 TextEncoders = Mapping[str, Any] | nn.ModuleDict
@@ -51,13 +56,21 @@ class Family(ABC):
         name: for messages.
         text_encoders: in the order in which diffusers' pipeline encodes with them.
         pipeline_class: draws images with its models, whatever other pipeline they were saved from.
+        tag: what the Hub calls it.
         resolution: side of the images in pixels that its models are made for.
+        reads_time_ids: whether the UNet is told which part of how large an image it sees.
+        unchecked: arguments of ``from_pretrained`` that leave out the safety checker.
+        without: what a model is that lacks a part, by the part's name.
     """
 
     name: str
     text_encoders: tuple[TextEncoder, ...]
     pipeline_class: type[DiffusionPipeline]
+    tag: str
     resolution: int = 512
+    reads_time_ids: bool = False
+    unchecked: Mapping[str, Any] = MappingProxyType({})
+    without: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def fits(self, components: Collection[str]) -> bool:
@@ -95,9 +108,19 @@ class Family(ABC):
 
     @abstractmethod
     def predict(
-        self, unet: Callable[..., Any], noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+        self,
+        unet: Callable[..., Any],
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        time_ids: Tensor | None,
     ) -> Tensor:
-        """What the UNet (or its compiled forward pass) predicts: (N, C, H, W), like the noisy latents."""
+        """What the UNet (or its compiled forward pass) predicts: (N, C, H, W), like the noisy latents.
+
+        Args:
+            time_ids: which part of how large an image each shows, (N, 6): height and width of the original, top and
+                left of the crop, height and width of what is shown. None for a family that is not told.
+        """
 
     def vae_dtype(self, config: Mapping[str, Any], compute_type: torch.dtype) -> torch.dtype:
         """The type that the VAE works in, given its configuration and the type of the other frozen parts."""
@@ -111,8 +134,25 @@ class Family(ABC):
         scheduler: Any,
         text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
+        index: Mapping[str, Any],
     ) -> DiffusionPipeline:
-        """A pipeline of models that are in memory already."""
+        """A pipeline of models that are in memory already.
+
+        Args:
+            index: the base model's ``model_index.json``.
+        """
+
+    def kohya_name(self, layer: str, unet: Mapping[str, Any]) -> str:
+        """What kohya-ss' scripts call a layer of the UNet, such as ``down_blocks.0.attentions.0...attn2.to_k``.
+
+        Args:
+            unet: the UNet's configuration.
+        """
+        return layer.replace(".", "_")
+
+    @abstractmethod
+    def kohya_version(self, text_width: int) -> str:
+        """What kohya-ss' LoRA files call the version of a model, judged by the width of its text features."""
 
 
 class StableDiffusion(Family):
@@ -121,6 +161,8 @@ class StableDiffusion(Family):
     name = "Stable Diffusion 1.x and 2.x"
     text_encoders = (TextEncoder("text_encoder", "tokenizer", CLIPTextModel),)
     pipeline_class = StableDiffusionPipeline
+    tag = "stable-diffusion"
+    unchecked = MappingProxyType({"safety_checker": None, "requires_safety_checker": False})
 
     def fits(self, components: Collection[str]) -> bool:
         """See :class:`Family`."""
@@ -129,10 +171,10 @@ class StableDiffusion(Family):
     def problem(self, index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
         """See :class:`Family`."""
         if "Consistency" in str(index.get("_class_name")):
-            return "it is distilled to a few steps: take the model that it was distilled from"
+            return DISTILLED
         unet, text_encoder, vae = (parts.get(name, {}) for name in ("unet", "text_encoder", "vae"))
-        if vae.get("in_channels", 3) != 3:
-            return f"its VAE takes {vae['in_channels']} channels in place of red, green and blue"
+        if problem := vae_problem(vae):
+            return problem
         kind = text_encoder.get("model_type", "clip_text_model")
         if kind not in ("clip_text_model", "clip"):
             return f"its text encoder is a {kind} model in place of CLIP's"
@@ -146,7 +188,12 @@ class StableDiffusion(Family):
         return {"features": text_encoders["text_encoder"](input_ids["text_encoder"])[0]}
 
     def predict(
-        self, unet: Callable[..., Any], noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+        self,
+        unet: Callable[..., Any],
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        time_ids: Tensor | None,
     ) -> Tensor:
         """See :class:`Family`."""
         return unet(noisy_latents, timesteps, conditioning["features"]).sample
@@ -158,6 +205,7 @@ class StableDiffusion(Family):
         scheduler: Any,
         text_encoders: TextEncoders,
         tokenizers: Mapping[str, CLIPTokenizer],
+        index: Mapping[str, Any],
     ) -> DiffusionPipeline:
         """See :class:`Family`; without a safety checker."""
         return StableDiffusionPipeline(
@@ -171,8 +219,111 @@ class StableDiffusion(Family):
             requires_safety_checker=False,
         )
 
+    def kohya_version(self, text_width: int) -> str:
+        """See :class:`Family`."""
+        return {768: "sd_v1", 1024: "sd_v2"}.get(text_width, "unknown")
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
+
+class StableDiffusionXL(Family):
+    """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952), and what was made from it.
+
+    Two text encoders are read at their last layer but one, side by side. The UNet is also told the pooled features
+    of the second, and which part of how large an image it sees.
+    """
+
+    name = "Stable Diffusion XL"
+    text_encoders = (
+        TextEncoder("text_encoder", "tokenizer", CLIPTextModel, "clip_l"),
+        TextEncoder("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection, "clip_g"),
+    )
+    pipeline_class = StableDiffusionXLPipeline
+    tag = "stable-diffusion-xl"
+    resolution = 1024
+    reads_time_ids = True
+    without = MappingProxyType(
+        {"text_encoder": "it is a refiner, which only finishes images: take the base model that it is for"}
+    )
+
+    def fits(self, components: Collection[str]) -> bool:
+        """See :class:`Family`."""
+        return {"unet", "text_encoder_2"} <= set(components)
+
+    def problem(self, index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
+        """See :class:`Family`."""
+        unet, vae = parts.get("unet", {}), parts.get("vae", {})
+        first, second = (parts.get(part.name, {}) for part in self.text_encoders)
+        if "Consistency" in str(index.get("_class_name")):
+            return DISTILLED
+        one, other, wanted = first.get("hidden_size"), second.get("hidden_size"), unet.get("cross_attention_dim")
+        if one is not None and other is not None and wanted not in (None, one + other):
+            return f"its text encoders give {one} + {other} features, and its UNet takes {wanted}"
+        problem = vae_problem(vae) or unet_problem(unet, vae.get("latent_channels", 4), "text_time")
+        if problem:
+            return problem
+        told = unet.get("projection_class_embeddings_input_dim")
+        pooled, each = second.get("projection_dim"), unet.get("addition_time_embed_dim")
+        if told is None or pooled is None or each is None or told == pooled + TIME_IDS * each:
+            return ""
+        return f"its UNet is told {told} values beside the text, not {pooled} + {TIME_IDS} x {each} as XL's base is"
+
+    def encode(self, text_encoders: TextEncoders, input_ids: Mapping[str, Tensor]) -> Conditioning:
+        """``features``, (N, length, sum of both widths), and ``pooled``, (N, projection width)."""
+        outputs = [
+            text_encoders[part.name](input_ids[part.name], output_hidden_states=True) for part in self.text_encoders
+        ]
+        features = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"features": features, "pooled": outputs[1].text_embeds}
+
+    def predict(
+        self,
+        unet: Callable[..., Any],
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        time_ids: Tensor | None,
+    ) -> Tensor:
+        """See :class:`Family`."""
+        told = {"text_embeds": conditioning["pooled"], "time_ids": time_ids}
+        return unet(noisy_latents, timesteps, conditioning["features"], added_cond_kwargs=told).sample
+
+    def vae_dtype(self, config: Mapping[str, Any], compute_type: torch.dtype) -> torch.dtype:
+        """Float32 for a VAE that says so, as XL's own does, which overflows in fp16."""
+        return torch.float32 if config.get("force_upcast", True) else compute_type
+
+    def pipeline(
+        self,
+        vae: nn.Module,
+        unet: nn.Module,
+        scheduler: Any,
+        text_encoders: TextEncoders,
+        tokenizers: Mapping[str, CLIPTokenizer],
+        index: Mapping[str, Any],
+    ) -> DiffusionPipeline:
+        """See :class:`Family`."""
+        return StableDiffusionXLPipeline(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            **{part.name: text_encoders[part.name] for part in self.text_encoders},
+            **{part.tokenizer: tokenizers[part.name] for part in self.text_encoders},
+            force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+        )
+
+    def kohya_name(self, layer: str, unet: Mapping[str, Any]) -> str:
+        """See :class:`Family`: as in Stability's code, which counts all layers of a side, samplers among them."""
+        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)", layer)
+        if match is None:
+            return layer.replace("mid_block.attentions.0.", "middle_block.1.").replace(".", "_")
+        number = int(match[2]) * (unet["layers_per_block"] + 1) + int(match[3])
+        side = f"input_blocks_{number + 1}" if match[1] == "down" else f"output_blocks_{number}"
+        return f"{side}_1_{match[4].replace('.', '_')}"
+
+    def kohya_version(self, text_width: int) -> str:
+        """See :class:`Family`."""
+        return "sdxl_base_v1-0"
+
+
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
 
 
 def family_of(components: Collection[str], model: str) -> Family:

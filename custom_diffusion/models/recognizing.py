@@ -24,11 +24,11 @@ CONTENTS = (
     (r"control_model|controlnet_cond_embedding|zero_convs", "a ControlNet"),
     (r"double_blocks|single_transformer_blocks", "a Flux model"),
     (r"joint_blocks|joint_transformer_blocks", "a Stable Diffusion 3 model"),
-    (r"conditioner\.embedders\.1", "a single-file checkpoint of Stable Diffusion XL"),
-    (r"conditioner\.embedders\.0", "a single-file checkpoint of Stable Diffusion XL's refiner"),
 )
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 OPEN_CLIP = "cond_stage_model.model."
+# What Stability's code calls the text encoders of XL, of which the refiner has only one.
+XL_TEXT, XL_SECOND = "conditioner.embedders.", "conditioner.embedders.1."
 # What a UNet's further input channels are for.
 PURPOSES = {
     5: "draws from a depth map",
@@ -37,6 +37,7 @@ PURPOSES = {
     9: "fills in parts of images (inpainting)",
 }
 TEXT_ALONE = "take the model that it was made from, which draws from text alone"
+DISTILLED = "it is distilled to a few steps: take the model that it was distilled from"
 
 
 # --- single files --------------------------------------------------------------------------------
@@ -54,29 +55,37 @@ def describe_file(path: Path) -> str:
         return f"{str(path)!r} is damaged, was not downloaded whole, or holds more than tensors"
     kind = next((kind for pattern, kind in CONTENTS if any(re.search(pattern, name) for name in shapes)), None)
     if kind is not None:
-        return f"{str(path)!r} is {kind}, not a base model of Stable Diffusion 1.x or 2.x"
-    is_whole = all(
-        any(name.startswith(part) for name in shapes) for part in ("first_stage_model.", "cond_stage_model.")
-    )
-    if FIRST_CONVOLUTION not in shapes or not is_whole:
+        return f"{str(path)!r} is {kind}, not a base model of Stable Diffusion"
+
+    def has(part: str) -> bool:
+        return any(name.startswith(part) for name in shapes)
+
+    if has(XL_TEXT) and not has(XL_SECOND):
+        return f"{str(path)!r} is a checkpoint of Stable Diffusion XL's refiner: take the base model that it is for"
+    if not (has("first_stage_model.") and (has("cond_stage_model.") or has(XL_TEXT)) and FIRST_CONVOLUTION in shapes):
         return f"{str(path)!r} is not a whole model: it lacks the UNet, the VAE or the text encoder"
     channels = shapes[FIRST_CONVOLUTION][1]
     if channels != 4:
         return f"{str(path)!r} is a checkpoint that {PURPOSES.get(channels, 'needs more than text')}: {TEXT_ALONE}"
-    version = "2.x" if any(name.startswith(OPEN_CLIP) for name in shapes) else "1.x"
+    version = "XL" if has(XL_TEXT) else "2.x" if has(OPEN_CLIP) else "1.x"
+    pipeline = f"StableDiffusion{'XL' if version == 'XL' else ''}Pipeline"
     return (
         f"{str(path)!r} is a single-file checkpoint of Stable Diffusion {version}; make a folder of it, and give that: "
-        f"{conversion(path)} (it fetches the configuration from the Hub; offline, add "
+        f"{conversion(path, pipeline)} (it fetches the configuration from the Hub; offline, add "
         f'config="any folder of Stable Diffusion {version}" behind the name of the file)'
     )
 
 
-def conversion(path: Path) -> str:
-    """The command that makes a folder in diffusers' layout of a single-file checkpoint."""
+def conversion(path: Path, pipeline: str) -> str:
+    """The command that makes a folder in diffusers' layout of a single-file checkpoint.
+
+    Args:
+        pipeline: the name of diffusers' class for it.
+    """
     folder = path.with_suffix("") if not path.with_suffix("").exists() else path.with_name(f"{path.stem}-diffusers")
     code = (
-        "from diffusers import StableDiffusionPipeline; "
-        f"StableDiffusionPipeline.from_single_file({json.dumps(str(path))}).save_pretrained({json.dumps(str(folder))})"
+        f"from diffusers import {pipeline}; "
+        f"{pipeline}.from_single_file({json.dumps(str(path))}).save_pretrained({json.dumps(str(folder))})"
     )
     return f"python -c {shlex.quote(code)}"
 
@@ -187,8 +196,19 @@ def _damage(path: Path) -> str:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def unet_problem(unet: Mapping[str, Any], latent_channels: int) -> str:
-    """Why a UNet does not draw from text alone, judged by its configuration; "" where it does."""
+def vae_problem(vae: Mapping[str, Any]) -> str:
+    """Why a VAE does not encode images, judged by its configuration; "" where it does."""
+    if vae.get("in_channels", 3) != 3:
+        return f"its VAE takes {vae['in_channels']} channels in place of red, green and blue"
+    return ""
+
+
+def unet_problem(unet: Mapping[str, Any], latent_channels: int, addition_embed_type: str | None = None) -> str:
+    """Why a UNet does not draw from text alone, judged by its configuration; "" where it does.
+
+    Args:
+        addition_embed_type: what its family's UNets have in their configuration under this name.
+    """
     channels = unet.get("in_channels", 4)
     if channels != latent_channels:
         purpose = PURPOSES.get(channels, "needs more than text")
@@ -196,10 +216,11 @@ def unet_problem(unet: Mapping[str, Any], latent_channels: int) -> str:
     if unet.get("out_channels", 4) != latent_channels:
         return f"its UNet predicts {unet['out_channels']} channels in place of {latent_channels}"
     if unet.get("time_cond_proj_dim") is not None:
-        return "it is distilled to a few steps: take the model that it was distilled from"
+        return DISTILLED
+    expected = {"addition_embed_type": addition_embed_type}
     for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
-        if unet.get(name) is not None:
-            return f"its UNet needs more than text ({name}={unet[name]!r}): {TEXT_ALONE}"
+        if unet.get(name) != expected.get(name):
+            return f"its UNet needs more than text ({name}={unet.get(name)!r}): {TEXT_ALONE}"
     if unet.get("attention_type", "default") != "default":
         return f"its UNet needs more than text (attention_type={unet['attention_type']!r}): {TEXT_ALONE}"
     return ""

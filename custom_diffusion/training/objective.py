@@ -134,6 +134,7 @@ class CustomDiffusion(nn.Module):
         mask: Tensor,
         input_ids: dict[str, Tensor] | None = None,
         conditioning: Conditioning | None = None,
+        time_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of :func:`custom_diffusion_loss` for one batch.
 
@@ -143,6 +144,7 @@ class CustomDiffusion(nn.Module):
             mask: (N, 1, H, W).
             input_ids: per text encoder, (M, length), the captions of the first M; None where M is 0.
             conditioning: what is known of the N - M others; None where there are none.
+            time_ids: (N, 6), see :meth:`Family.predict`; None for a family that is not told.
         """
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         if self.noise_scheduler.config.prediction_type == "v_prediction":
@@ -153,7 +155,7 @@ class CustomDiffusion(nn.Module):
         told += [] if conditioning is None else [conditioning]
         together = {name: torch.cat([one[name] for one in told]) for name in told[0]}
         noisy_latents = noisy_latents.to(self.unet.dtype)
-        prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together)
+        prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together, time_ids)
         return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
 
     def learned(self, base_model: str) -> Concept:

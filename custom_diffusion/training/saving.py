@@ -68,19 +68,25 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
     vae = run.latents.vae or load_vae(run.configuration, accelerator, local_files_only=True)
     module.text_encoders.to(accelerator.device)
     scheduler = DPMSolverMultistepScheduler.from_config(module.noise_scheduler.config)
-    pipeline = run.configuration.family.pipeline(vae, module.unet, scheduler, module.text_encoders, run.tokenizers)
+    pipeline = run.configuration.family.pipeline(
+        vae, module.unet, scheduler, module.text_encoders, run.tokenizers, run.configuration.index
+    )
     pipeline.set_progress_bar_config(desc=f"Images at step {step}", leave=False)
     images = []
     for number in range(args.num_validation_images):
         # One at a time: validation should not need more memory than training.
         generator = torch.Generator().manual_seed(args.seed + number)
-        images += pipeline(
+        latents = pipeline(
             args.validation_prompt,
             num_inference_steps=25,
             height=args.resolution,
             width=args.resolution,
             generator=generator,
+            output_type="latent",
         ).images
+        # Not by the pipeline, which would ask a VAE that is kept in fp32 for latents in another type.
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(decoded)
     module.train()
     del pipeline, vae
     if "instance" in run.dataset.conditioning:

@@ -44,7 +44,9 @@ def merges_for(words: Iterable[str], merges: list[str], most_frequent: int) -> l
     return [merge for merge in merges if merge in kept]
 
 
-def write_tokenizer(folder: Path, merges: list[str], extra: Iterable[str] = (), max_length: int = 77) -> int:
+def write_tokenizer(
+    folder: Path, merges: list[str], extra: Iterable[str] = (), max_length: int = 77, pad_token: str = END
+) -> int:
     """Write vocab.json, merges.txt and the two configurations into `folder`; gives the size of the vocabulary.
 
     `extra` entries that no merge makes are kept before the two special tokens. `max_length` is in tokens.
@@ -58,7 +60,7 @@ def write_tokenizer(folder: Path, merges: list[str], extra: Iterable[str] = (), 
         stale.unlink()
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
