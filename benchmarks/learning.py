@@ -3,13 +3,15 @@
     python -m benchmarks.learning --seeds 11 12 13
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
     python -m benchmarks.learning --seeds 11 --apart
+    python -m benchmarks.learning --seeds 11 --pretrained_model_name_or_path=xl-twin --learning_rate=2e-4
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
 saw, at fixed noise; which of all cat designs the images made by `<new1> cat` are nearest to; whether a background is
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
 its token, and both come out beside each other in one image twice as wide; `--apart` the same of two that were taught
-each by itself and then merged. tests/test_learning.py holds these to bars.
+each by itself and then merged. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
+makes in Stable Diffusion XL's layout. tests/test_learning.py holds these to bars.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -33,6 +35,8 @@ from tqdm.auto import tqdm
 from custom_diffusion.command_line import HelpFormatter
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, load_concept
+from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.families import family_of, text_models_of
 from tools.base import world
 from tools.base.features import ENCODER, image_features, load_encoder
 from tools.base.score import background_of, generated, reconstructed
@@ -172,30 +176,34 @@ def sized_views(
     return found
 
 
-def load_base() -> StableDiffusionPipeline:
+def load_base(model: str | Path = BASE) -> DiffusionPipeline:
     """The base model in fp32, on the GPU where there is one."""
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, safety_checker=None)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return BaseModel(str(model)).pipeline(torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_concept(folder: Path) -> StableDiffusionPipeline:
-    """The base model with a learned concept applied."""
-    pipeline = load_base()
-    apply_concepts(pipeline, load_concept(folder))
+def with_concept(folder: Path) -> DiffusionPipeline:
+    """The base model that its card names, with a learned concept applied."""
+    concept = load_concept(folder)
+    pipeline = load_base(concept.base_model or BASE)
+    apply_concepts(pipeline, concept)
     return pipeline
 
 
-def with_untrained_token() -> StableDiffusionPipeline:
+def with_untrained_token(model: str | Path = BASE) -> DiffusionPipeline:
     """The control: the base model with `<new1>` as training starts it, the copy of a rare word's embedding."""
-    pipeline = load_base()
-    rare = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids(RARE)]
-    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: {"text_encoder": rare.detach().clone()}}))
+    pipeline = load_base(model)
+    tokenizers, text_encoders = text_models_of(family_of(pipeline.components, str(model)), pipeline)
+    rare = {
+        name: text_encoder.get_input_embeddings().weight[tokenizers[name].convert_tokens_to_ids(RARE)].detach().clone()
+        for name, text_encoder in text_encoders.items()
+    }
+    apply_concepts(pipeline, Concept(attention={}, tokens={TOKEN: rare}))
     return pipeline
 
 
 @torch.no_grad()
 def denoising_loss(
-    pipeline: StableDiffusionPipeline, examples: Sequence[world.Example], token: str | None = None, seed: int = 0
+    pipeline: DiffusionPipeline, examples: Sequence[world.Example], token: str | None = None, seed: int = 0
 ) -> float:
     """Mean squared error of the predicted velocity over `examples`, at ten timesteps each with fixed noise.
 
@@ -208,7 +216,14 @@ def denoising_loss(
     for example in examples:
         start, _ = example.phrases[0]
         captions.append(example.caption[:start] + word + example.caption[start:])
-    features, _ = pipeline.encode_prompt(captions, pipeline.device, 1, False)
+    family = family_of(pipeline.components, "this model")
+    tokenizers, text_encoders = text_models_of(family, pipeline)
+    ids = [family.tokenize(tokenizers, caption) for caption in captions]
+    conditioning = family.encode(
+        text_encoders, {name: torch.stack([one[name] for one in ids]).to(pipeline.device) for name in tokenizers}
+    )
+    side = float(world.RESOLUTION)
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(captions), device=pipeline.device)
     losses = []
     for number, timestep in enumerate(range(50, 1000, 100)):
         generator = torch.Generator().manual_seed(seed * 1000 + number)
@@ -216,7 +231,8 @@ def denoising_loss(
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
         target = pipeline.scheduler.get_velocity(latents, noise, timesteps)
-        losses.append((pipeline.unet(noisy, timesteps, features).sample - target).square().mean().item())
+        predicted = family.predict(pipeline.unet, noisy, timesteps, conditioning, time_ids)
+        losses.append((predicted - target).square().mean().item())
     return statistics.fmean(losses)
 
 
@@ -240,7 +256,7 @@ def groups_of(icons: dict[str, np.ndarray], noun: str) -> dict[str, list[str]]:
 class Judge:
     """Says which group of designs an image is nearest to, by MobileNetV2 features, seen through the VAE."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str]) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, icons: dict[str, np.ndarray], nouns: Sequence[str]) -> None:
         """All groups of the designs of `nouns`, drawn and seen through the VAE of `pipeline`."""
         self.encoder = load_encoder()
         groups = [(noun, group, names) for noun in nouns for group, names in groups_of(icons, noun).items()]
@@ -265,7 +281,7 @@ class Judge:
 
 def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     """All figures of the concept in `folder`; `seed` decides noise and views, `images` are made per prompt."""
-    learned, control = with_concept(folder), with_untrained_token()
+    learned, control = with_concept(folder), with_untrained_token(load_concept(folder).base_model or BASE)
     icons = load_designs()
     judge = Judge(control, icons, ["cat"])
     cats = groups_of(icons, "cat")
@@ -278,7 +294,7 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     def change(examples: list[world.Example], token: str | None) -> float:
         return denoising_loss(learned, examples, token, seed) / denoising_loss(control, examples, token, seed) - 1
 
-    def made(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray:
+    def made(pipeline: DiffusionPipeline, prompt: str) -> np.ndarray:
         return generated(pipeline, [prompt] * images, seed * 1000, guidance=6.0)
 
     prompt = f"photo of a {TOKEN} cat"

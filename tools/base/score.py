@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from tqdm.auto import tqdm
 
 from tools.base import world
@@ -46,7 +46,7 @@ def peak_signal_to_noise(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def generated(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     seed: int,
     steps: int = 50,
