@@ -155,7 +155,7 @@ def build_random_model(name: str, folder: Path, seed: int = 0, dtype: torch.dtyp
         write_tokenizer(folder / part.tokenizer, clip_merges(), **padding_of(part))
         tokenizers[part.name] = CLIPTokenizer.from_pretrained(folder / part.tokenizer)
     pipeline = shape.family.pipeline(vae, unet, new_scheduler(shape.prediction_type), text_encoders, tokenizers, {})
-    for model in (vae, unet, *text_encoders.values()):
+    for model in (vae, unet, *text_encoders.values()) if dtype != torch.float32 else ():
         model.to(dtype)
     pipeline.save_pretrained(folder)
     # What Stable Diffusion's own repositories hold is older than what save_pretrained writes today: vocab.json and

@@ -107,6 +107,12 @@ def base_model_v(make_once: MakeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base_model_xl(make_once: MakeOnce) -> Path:
+    """Stable Diffusion XL in small: two text encoders, pooled features, and a UNet that is told sizes."""
+    return make_once("tiny-xl", lambda folder: random_model("tiny-xl", folder))
+
+
+@pytest.fixture(scope="session")
 def tokenizer(base_model: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
