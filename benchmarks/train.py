@@ -6,7 +6,8 @@ Both run on the same random model, images and settings, alternating, each launch
         --example DIFFUSERS/examples/custom_diffusion/train_custom_diffusion.py
 
 ``--rows cpu`` or ``--rows gpu`` in place of settings runs all that the project has set itself as goals, and
-``--class_images 20 200 2000`` shows what their number costs. The example stops at its first step on today's
+``--class_images 20 200 2000`` shows what their number costs. ``--shape sdxl --recipes`` counts what a step takes of a
+GPU's memory, without one. The example stops at its first step on today's
 libraries; the line that looks up the initializer is mended on the fly.
 """
 
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.memory import print_recipes
 from benchmarks.random_model import SHAPES, build_random_model
 from custom_diffusion.command_line import HelpFormatter
 from custom_diffusion.machine import computes_bf16
@@ -148,6 +150,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="sd14", choices=SHAPES, help="Size of the random model.")
     parser.add_argument("--base_model_dir", type=Path, help="Folder to keep the random model in between runs.")
     parser.add_argument("--rows", choices=["cpu", "gpu"], help="Run all goals for this machine.")
+    parser.add_argument("--recipes", action="store_true", help="Only count a step's memory, by recipe; see memory.py.")
     parser.add_argument("--class_images", type=int, nargs="+", default=[8], help="Several: ours with each number.")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--train_batch_size", type=int, default=1, help="Beside as many class images.")
@@ -337,6 +340,9 @@ def show_class_images(counts: Sequence[int], row: Row, scripts: dict[str, Path],
 def main(argv: Sequence[str] | None = None) -> None:
     """Build what is needed, run everything, print the tables."""
     args = parse_args(argv)
+    if args.recipes:
+        print_recipes(args.shape, SHAPES[args.shape])
+        return
     if args.rows == "gpu" and not torch.cuda.is_available():
         sys.exit("error: --rows gpu needs a CUDA GPU, and there is none")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

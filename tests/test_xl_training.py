@@ -247,7 +247,7 @@ def test_a_word_has_a_row_in_each_encoder_from_its_own_vocabulary(
 def test_words_of_two_tokens_are_refused_as_starts(
     base_model_xl: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    with pytest.raises(UserError, match="is 2 tokens and must be one"):
+    with pytest.raises(UserError, match="is 3 tokens and must be one"):
         train_here(flags(base_model_xl, images, tmp_path / "out", initializer_token="rare wombats"))
 
 

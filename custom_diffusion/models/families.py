@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
-from custom_diffusion.models.recognizing import DISTILLED, unet_problem, vae_problem
+from custom_diffusion.models.recognizing import DISTILLED, text_encoder_problem, unet_problem, vae_problem
 
 # How many numbers an image's time ids are.
 TIME_IDS = 6
@@ -175,9 +175,8 @@ class StableDiffusion(Family):
         unet, text_encoder, vae = (parts.get(name, {}) for name in ("unet", "text_encoder", "vae"))
         if problem := vae_problem(vae):
             return problem
-        kind = text_encoder.get("model_type", "clip_text_model")
-        if kind not in ("clip_text_model", "clip"):
-            return f"its text encoder is a {kind} model in place of CLIP's"
+        if problem := text_encoder_problem(text_encoder, "text encoder"):
+            return problem
         width, wanted = text_encoder.get("hidden_size"), unet.get("cross_attention_dim")
         if None not in (width, wanted) and width != wanted:
             return f"its text encoder gives {width} features, and its UNet takes {wanted}"
@@ -254,6 +253,9 @@ class StableDiffusionXL(Family):
         first, second = (parts.get(part.name, {}) for part in self.text_encoders)
         if "Consistency" in str(index.get("_class_name")):
             return DISTILLED
+        for part in self.text_encoders:
+            if problem := text_encoder_problem(parts.get(part.name, {}), part.name):
+                return problem
         one, other, wanted = first.get("hidden_size"), second.get("hidden_size"), unet.get("cross_attention_dim")
         if one is not None and other is not None and wanted not in (None, one + other):
             return f"its text encoders give {one} + {other} features, and its UNet takes {wanted}"

@@ -203,6 +203,16 @@ def vae_problem(vae: Mapping[str, Any]) -> str:
     return ""
 
 
+def text_encoder_problem(text_encoder: Mapping[str, Any], name: str) -> str:
+    """Why a text encoder is not CLIP's, judged by its configuration; "" where it is.
+
+    Args:
+        name: what to call it.
+    """
+    kind = text_encoder.get("model_type", "clip_text_model")
+    return "" if kind in ("clip_text_model", "clip") else f"its {name} is a {kind} model in place of CLIP's"
+
+
 def unet_problem(unet: Mapping[str, Any], latent_channels: int, addition_embed_type: str | None = None) -> str:
     """Why a UNet does not draw from text alone, judged by its configuration; "" where it does.
 
