@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,11 @@ from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTok
 
 
 def custom_diffusion_loss(
-    prediction: Tensor, target: Tensor, mask: Tensor, prior_loss_weight: float | None
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    prior_loss_weight: float | None,
+    image_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masked loss on instance images plus weighted prior loss on class images.
 
@@ -32,11 +37,14 @@ def custom_diffusion_loss(
             masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
             instance image counts C times as much as the mean over its latents.
         prior_loss_weight: None without prior preservation.
+        image_weights: (N,), what the loss of each image is multiplied by; None for 1.
 
     Returns:
         The loss to minimise, the instance loss and the prior loss (0 without prior), float32 scalars.
     """
     error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if image_weights is not None:
+        error = error * image_weights.view(-1, 1, 1, 1)
     if prior_loss_weight is None:
         instance_error, prior_loss = error, error.new_zeros(())
     else:
@@ -45,6 +53,27 @@ def custom_diffusion_loss(
         prior_loss = prior_error.mean()
     instance_loss = ((instance_error * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
     return instance_loss + (prior_loss_weight or 0.0) * prior_loss, instance_loss, prior_loss
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """The weights of Min-SNR (Hang et al. 2023, section 3.4): ``min(SNR, gamma)`` for the loss on clean images.
+
+    A loss on noise already weighs that by the SNR, and a loss on velocity by SNR + 1, so it is divided by these. SNR is
+    alpha^2 / sigma^2.
+
+    Args:
+        noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
+        timesteps: (N,).
+        gamma: above 0; the paper recommends 5.
+
+    Returns:
+        (N,), float32, from 0 to 1; 0 only at zero SNR where velocity is predicted.
+    """
+    snr = compute_snr(noise_scheduler, timesteps)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    # The same as min(SNR, gamma) / SNR, which is not defined where the SNR is 0.
+    return (gamma / snr).clamp(max=1)
 
 
 class CustomDiffusion(nn.Module):
@@ -62,6 +91,7 @@ class CustomDiffusion(nn.Module):
         noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
         modifier_tokens: see :func:`tokens.add_modifier_tokens`.
         prior_loss_weight: None without prior preservation.
+        snr_gamma: of :func:`min_snr_weights`; None to weigh all timesteps alike.
     """
 
     def __init__(
@@ -72,12 +102,14 @@ class CustomDiffusion(nn.Module):
         noise_scheduler: DDPMScheduler,
         modifier_tokens: ModifierTokens,
         prior_loss_weight: float | None = None,
+        snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         self.family = family
         self.noise_scheduler = noise_scheduler
         self.modifier_tokens = modifier_tokens
         self.prior_loss_weight = prior_loss_weight
+        self.snr_gamma = snr_gamma
         self.text_encoders = nn.ModuleDict(dict(text_encoders))
         self.unet = unet
         keep_less(unet)
@@ -154,7 +186,9 @@ class CustomDiffusion(nn.Module):
         together = {name: torch.cat([one[name] for one in told]) for name in told[0]}
         noisy_latents = noisy_latents.to(self.unet.dtype)
         prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together)
-        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
+        gamma = self.snr_gamma
+        weights = None if gamma is None else min_snr_weights(self.noise_scheduler, timesteps, gamma)
+        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight, weights)
 
     def learned(self, base_model: str) -> Concept:
         """What was learned so far, as :mod:`concept` stores it."""
