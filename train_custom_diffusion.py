@@ -132,6 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="Processes that load images; the result is the same for any number.")
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
+    add("--rank", type=positive_int,
+        help="Train a change of this rank beside each projection, such as 16, rather than the projection: smaller "
+        "files, checkpoints and optimizer states. If not given, whole projections.")
+    add("--rank_alpha", type=positive_number,
+        help="The change is multiplied by this over --rank; if not given, by 1.")
     add("--optimizer", choices=OPTIMIZERS,
         help="If not given, adamw. adamw8bit needs pip install '.[8bit]'. prodigy finds its own step size, and needs "
         "pip install '.[prodigy]'. adafactor keeps the smallest state.")
@@ -202,6 +207,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     settle_optimizer(parser, args, given)
+    if args.rank_alpha is not None and args.rank is None:
+        parser.error("--rank_alpha has no meaning without --rank: leave it out")
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
             parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
@@ -320,7 +327,7 @@ from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
-from custom_diffusion.training.attention import swap_attention_processors
+from custom_diffusion.training.attention import check_rank, train_attention
 from custom_diffusion.training.checkpoints import find_checkpoint
 from custom_diffusion.training.lock import unlocks_folders
 from custom_diffusion.training.objective import CustomDiffusion
@@ -365,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     base_model = BaseModel(args.pretrained_model_name_or_path, args.revision, args.variant)
     configuration = read_configuration(base_model, args.resolution)
+    check_rank(args.rank, base_model)
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
     check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
@@ -381,11 +389,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
     latents = prepare_latents(args, dataset, steps, configuration, accelerator)
 
-    # Trained are a row for each modifier token, and copies of the cross-attention's projections.
+    # Trained are a row for each modifier token, and copies of the cross-attention's projections, or changes of them.
     text_encoders = base_model.text_encoders(configuration.family)
     train_new_words(text_encoders, modifier_tokens)
     unet = base_model.unet()
-    swap_attention_processors(unet, args.freeze_model == "crossattn", args.enable_xformers_memory_efficient_attention)
+    train_attention(unet, args)
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
     parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)
     model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma)

@@ -277,6 +277,8 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
         ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
         ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
+        ({"rank": 0}, ["--rank", "less than 1"]),
+        ({"rank_alpha": 4}, ["--rank_alpha has no meaning without --rank"]),
         ({"snr_gamma": 0}, ["--snr_gamma", "0 is not above 0"]),
         ({"optimizer": "sgd"}, ["--optimizer", "sgd", "adafactor"]),
         ({"use_8bit_adam": True, "optimizer": "adamw"}, ["--use_8bit_adam", "--optimizer=adamw8bit", "not adamw:"]),

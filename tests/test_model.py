@@ -21,13 +21,18 @@ from custom_diffusion.training.tokens import add_modifier_tokens, train_new_word
 
 
 def load(
-    folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), train_q_out: bool = False, **options: object
+    folder: Path,
+    tokens: tuple[str, ...] = ("<new1>", "<new2>"),
+    train_q_out: bool = False,
+    rank: int | None = None,
+    alpha: float | None = None,
+    **options: object,
 ) -> CustomDiffusion:
     model, family = BaseModel(str(folder)), StableDiffusion()
     modifier_tokens = add_modifier_tokens(model.tokenizers(family), tokens, ["ktn", "pll", "ucd"][: len(tokens)])
     text_encoders, unet = model.text_encoders(family), model.unet()
     train_new_words(text_encoders, modifier_tokens)
-    swap_attention_processors(unet, train_q_out)
+    swap_attention_processors(unet, train_q_out, rank=rank, alpha=alpha)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     return CustomDiffusion(family, text_encoders, unet, scheduler, modifier_tokens, **options)
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,58 @@ def rename_tokens(concept: Concept, names: Sequence[str], base_model: BaseModel 
     )
 
 
+@dataclass(frozen=True)
+class Lora:
+    """What goes into a LoRA's file.
+
+    Attributes:
+        tensors: its content.
+        ranks: of each projection.
+        alpha: of all of them.
+        loss: what to tell of the difference from what was learned.
+    """
+
+    tensors: dict[str, Tensor]
+    ranks: dict[str, int]
+    alpha: float
+    loss: str
+
+
+def compressed_lora(concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace) -> Lora:
+    """The best approximation of whole projections by ranks as the command line asks for."""
+    decompositions = decompose(concept, originals)
+    ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
+    factors = {key: d.factors(ranks[key]) for key, d in decompositions.items()}
+    error = f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+    return Lora(formats.to_lora(factors, DTYPES[args.dtype or "fp16"]), ranks, max(ranks.values()), error)
+
+
+def trained_lora(concept: Concept, args: argparse.Namespace) -> Lora:
+    """The factors that were trained, as they are."""
+    name = args.dtype or "fp32"
+    differences = concept.differences
+    if name == "fp16":
+        differences = {key: difference.balanced() for key, difference in differences.items()}
+    ranks = {key: difference.rank for key, difference in differences.items()}
+    loss = f"the factors as they were trained, in {name}"
+    alphas = {(difference.rank, difference.alpha) for difference in differences.values()}
+    if len(alphas) == 1:
+        factors = {key: (difference.up, difference.down) for key, difference in differences.items()}
+        ((_, alpha),) = alphas
+        return Lora(formats.to_lora(factors, DTYPES[name], alpha), ranks, alpha, loss)
+    factors = {key: difference.factors() for key, difference in differences.items()}
+    return Lora(formats.to_lora(factors, DTYPES[name]), ranks, max(ranks.values()), loss)
+
+
 def export_lora(
     concept: Concept, base_model: BaseModel, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path
 ) -> None:
     """Write a LoRA in kohya-ss' naming, and one embedding file per token."""
-    decompositions = decompose(concept, originals)
-    ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
-    dtype = DTYPES[args.dtype or "fp16"]
-    tensors = formats.to_lora({key: d.factors(ranks[key]) for key, d in decompositions.items()}, dtype)
+    lora = trained_lora(concept, args) if concept.differences else compressed_lora(concept, originals, args)
     tokenizers = base_model.tokenizers(base_model.family())
     embeddings = embedding_names(list(concept.tokens), tokenizers.values())
     name = lora_name(folder, embeddings.values())
-    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks))
+    data = safetensors.torch.save(lora.tensors, metadata=lora_metadata(concept, lora))
     write_bytes(folder / name, data)
     for token, vectors in concept.tokens.items():
         content = formats.to_embedding(vectors_by_key(token, vectors))
@@ -89,8 +129,8 @@ def export_lora(
             file=sys.stderr,
         )
     print(
-        f"{folder / name}: rank {min(ranks.values())} to {max(ranks.values())}, {len(data) / 1e6:.1f} MB, "
-        f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+        f"{folder / name}: rank {min(lora.ranks.values())} to {max(lora.ranks.values())}, {len(data) / 1e6:.1f} MB, "
+        f"{lora.loss}"
     )
     print("In diffusers, ComfyUI, AUTOMATIC1111/Forge and InvokeAI: see " + str(folder / CARD_NAME))
 
@@ -134,15 +174,15 @@ def embedding_names(tokens: Sequence[str], tokenizers: Collection[Any]) -> dict[
     return names
 
 
-def lora_metadata(concept: Concept, ranks: Mapping[str, int]) -> dict[str, str]:
+def lora_metadata(concept: Concept, lora: Lora) -> dict[str, str]:
     """What programs read of a LoRA without loading it; kohya-ss' names."""
     vectors = next(iter(concept.tokens.values()), {})
     width = sum(len(vector) for vector in vectors.values())  # as the cross-attention has it
-    same = len(set(ranks.values())) == 1
+    ranks = set(lora.ranks.values())
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks.values())) if same else "Dynamic",
-        "ss_network_alpha": str(max(ranks.values())),
+        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{lora.alpha:g}",
         "ss_base_model_version": {768: "sd_v1", 1024: "sd_v2"}.get(width, "unknown"),
         "ss_v2": str(width == 1024),
         "modelspec.trigger_phrase": " ".join(concept.tokens),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from custom_diffusion.concept.files import Concept
+from custom_diffusion.concept.low_rank import LowRank
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import release_pages
 from custom_diffusion.models.families import Conditioning, Family
@@ -192,19 +193,20 @@ class CustomDiffusion(nn.Module):
 
     def learned(self, base_model: str) -> Concept:
         """What was learned so far, as :mod:`concept` stores it."""
-        attention = {
-            f"{name}.{key}": value
-            for name, processor in self.unet.attn_processors.items()
-            if isinstance(processor, CustomDiffusionAttnProcessor)
-            for key, value in processor.state_dict().items()
-        }
+        attention: dict[str, Tensor] = {}
+        differences: dict[str, LowRank] = {}
+        for name, processor in self.unet.attn_processors.items():
+            if isinstance(processor, CustomDiffusionAttnProcessor):
+                own_attention, own_differences = processor.learned(name)
+                attention |= own_attention
+                differences |= own_differences
         tokens: dict[str, dict[str, Tensor]] = {token: {} for token in self.modifier_tokens.tokens}
         if tokens:
             for name, text_encoder in self.text_encoders.items():
                 embedding = next(part for part in text_encoder.modules() if isinstance(part, ModifierTokenEmbedding))
                 for token, row in zip(tokens, embedding.rows.weight.detach(), strict=True):
                     tokens[token][name] = row
-        return Concept(attention, tokens, base_model)
+        return Concept(attention, tokens, base_model, differences=differences)
 
     @torch.no_grad()
     def restore(self, concept: Concept) -> None:
@@ -213,11 +215,16 @@ class CustomDiffusion(nn.Module):
         Raises:
             UserError: where the concept does not have the same tokens and projections.
         """
-        current, stored = self.learned(base_model="").tensors(), concept.tensors()
+        mine = self.learned(base_model="")
+        current, stored = mine.tensors(), concept.tensors()
         for name, value in current.items():
             if name not in stored or stored[name].shape != value.shape:
                 raise UserError(
                     f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
-                    "--modifier_token and --freeze_model"
+                    "--modifier_token, --freeze_model and --rank"
                 )
             value.copy_(stored[name])
+        for key, difference in mine.differences.items():
+            alpha = concept.differences[key].alpha
+            if alpha != difference.alpha:
+                raise UserError(f"{concept.source!r} does not fit this run: resume with --rank_alpha={alpha:g}")

@@ -36,7 +36,7 @@ SHOWN_ON_CARD = (
     "seed",
 )  # fmt: skip
 # And those that it shows where they are not left at their defaults.
-SHOWN_WHERE_CHANGED = {"optimizer": "adamw", "snr_gamma": None}
+SHOWN_WHERE_CHANGED = {"rank": None, "rank_alpha": None, "optimizer": "adamw", "snr_gamma": None}
 
 
 @torch.no_grad()

@@ -18,7 +18,10 @@ from custom_diffusion.files import write_bytes
 SETTINGS_NAME = "training_settings.json"
 
 # What runs did that were made before there were these flags: they can still be resumed.
-BEFORE_THE_FLAG = {"padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw"}
+BEFORE_THE_FLAG = {
+    "padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw", "rank": None,
+    "rank_alpha": None,
+}  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
 NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values"}
