@@ -392,9 +392,10 @@ def test_recomputing_on_a_cpu_gives_the_same_gradients(base_model: Path) -> None
         assert torch.equal(value.grad, saving.trained()[name].grad), name
 
 
-def test_compiling_gives_the_same_gradients(base_model: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_compiling_gives_the_same_gradients(base_model: Path, rank: int | None) -> None:
     # Graphs are captured forwards and backwards as for inductor, whose own part takes minutes even on this model.
-    plain, compiled = load(base_model), load(base_model)
+    plain, compiled = load(base_model, rank=rank), load(base_model, rank=rank)
     compiled.compile_unet(backend="aot_eager", fullgraph=True)
     for model in (plain, compiled):
         model.enable_gradient_checkpointing()
