@@ -277,6 +277,8 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
         ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
         ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
+        ({"class_image_scheduler": "ddim"}, ["--class_image_scheduler", "ddim", "dpmsolver++"]),
+        ({"class_image_steps": 0}, ["--class_image_steps", "less than 1"]),
         ({"rank": 0}, ["--rank", "less than 1"]),
         ({"rank_alpha": 4}, ["--rank_alpha has no meaning without --rank"]),
         ({"snr_gamma": 0}, ["--snr_gamma", "0 is not above 0"]),

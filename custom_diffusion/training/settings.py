@@ -34,7 +34,8 @@ FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
-    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
+    "sample_batch_size", "prior_generation_precision", "class_image_scheduler", "class_image_steps", "local_rank",
+    "set_grads_to_none", "concepts_list",
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
 }  # fmt: skip
 
