@@ -259,6 +259,8 @@ def test_diffusers_loader_of_whole_projections_refuses_it(cat: Path, base_model:
         ({f"{STEM}.alpha": torch.ones(2)}, "do not fit each other"),
         ({f"{STEM}.alpha": torch.tensor([float("nan")])}, "not finite"),
         ({f"{STEM}.up.weight": torch.full((16, 2), float("nan"))}, "not finite"),
+        ({f"{STEM}.alpha": torch.tensor([3j])}, "has no numbers"),
+        ({f"{STEM}.down.weight": torch.ones(2, 32, dtype=torch.int64)}, "has no numbers"),
         ({f"{STEM}.mid.weight": torch.ones(2)}, "no part of a low-rank change"),
         ({f"{STEM}.0.alpha": torch.ones(1)}, "no part of a low-rank change"),
         ({"conv_in.weight": torch.ones(2)}, "is no Custom Diffusion file"),

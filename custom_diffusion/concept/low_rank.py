@@ -78,7 +78,7 @@ def low_rank_of(content: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """The low-rank changes in the content of a weights file, keyed like :attr:`Concept.attention`; others are left out.
 
     Raises:
-        ValueError: for factors that are missing or do not fit each other.
+        ValueError: for factors that are missing, no numbers, or do not fit each other.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in content.items():
@@ -99,6 +99,8 @@ def is_low_rank(name: str) -> bool:
 def _joined(key: str, parts: Mapping[str, Tensor]) -> LowRank:
     if parts.keys() != set(_PARTS):
         raise ValueError(f"has only {' and '.join(sorted(parts))} of the low-rank change {key!r}")
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in parts.values()):
+        raise ValueError(f"has no numbers for {key!r}")
     up, down, alpha = (parts[part] for part in _PARTS)
     if up.dim() != 2 or down.dim() != 2 or up.shape[1] != len(down) or alpha.numel() != 1:
         raise ValueError(f"has factors for {key!r} that do not fit each other")
