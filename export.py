@@ -39,10 +39,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "owner/name@revision).")
     add("--energy", type=float,
         help="Share of the singular values' sum that is kept per layer, above 0 and up to 1 (all); if not given, the "
-        "paper's 0.6 for a LoRA and no compression for a delta.")
+        "paper's 0.6 for a LoRA and no compression for a delta. A LoRA of a concept that was trained with --rank "
+        "holds its factors as they are.")
     add("--rank", type=int, help="The same rank for every layer, instead of --energy.")
     add("--dtype", choices=["fp16", "fp32"],
-        help="Type of the numbers; if not given, fp16 for a LoRA and fp32 for a pipeline. A delta keeps its own.")
+        help="Type of the numbers; if not given, fp16 for a LoRA, and fp32 for a pipeline and for a LoRA that was "
+        "trained as one (--rank). A delta keeps its own.")
     add("--bundle", action="store_true",
         help="Put the words into the LoRA's own file, in the form that AUTOMATIC1111, Forge and OneTrainer read; other "
         "programs want them in files of their own.")
@@ -108,9 +110,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.pretrained_vae_model_name_or_path,
         )
     if base_model is not None and args.format != "pipeline":
-        originals = original_projections(base_model, [*concept.attention, *concept.differences])
-        concept = complete(concept, originals)
-    if not concept.attention and not concept.differences:
+        originals = original_projections(base_model, concept.projections())
+        completed = complete(concept, originals)
+        # The factors that were trained are a LoRA already.
+        as_trained = args.format == "lora" and not compressed and not concept.attention
+        concept = concept if as_trained else completed
+    if not concept.projections():
         raise UserError(f"{concept.source!r} has only tokens, no attention weights: its token files load as they are")
     if args.table:
         print(energy_table(decompose(concept, originals)))

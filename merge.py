@@ -111,7 +111,7 @@ def merge_into(
 ) -> tuple[Concept, str]:
     """Merge the parts and write the result; gives it and what to tell of it."""
     concept = parts[0].concept
-    originals = original_projections(base_model, [*concept.attention, *concept.differences])
+    originals = original_projections(base_model, concept.projections())
     text_models = TextModels.load(base_model)
     text_models.add_tokens(parts)
     if args.prior_weight is None:

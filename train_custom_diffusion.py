@@ -22,6 +22,7 @@ from custom_diffusion.command_line import (
     import_diffusers,
     parse_with_config,
     positive_int,
+    positive_number,
     run,
     switch,
 )
@@ -36,6 +37,14 @@ SCHEDULES = (
 TRACKERS = (
     "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none",
 )  # fmt: skip
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+# What they do not have. A value other than the default would silently do nothing.
+MEANINGLESS = {
+    "prodigy": ("scale_lr",),
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+}
+LEAST_PRODIGY_RATE = 0.01  # below it somebody means another optimizer's learning rate
 
 LAST_POLYNOMIAL_RATE = 1e-7  # diffusers'
 
@@ -101,6 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
     add("--num_class_images", type=positive_int, default=200, help="How many class images each concept has.")
     add("--sample_batch_size", type=positive_int, default=4, help="Class images generated at once, per device.")
+    add("--class_image_scheduler", default="dpmsolver++", choices=["dpmsolver++", "default"],
+        help="What draws them: DPM-Solver++, or the base model's own scheduler, as in diffusers' example.")
+    add("--class_image_steps", type=positive_int,
+        help="Denoising steps of each; if not given, 25, and 50 with the base model's own scheduler.")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
         help="Precision of that generation; if not given, fp16 on a GPU and fp32 on a CPU.")
 
@@ -115,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=positive_int, default=1,
         help="Batches per optimizer step. If not given, accelerate's configuration.")
     add("--gradient_checkpointing", **is_on, help="Less memory, slower steps.")
-    add("--learning_rate", type=float, default=1e-5, help="Learning rate, before --scale_lr.")
+    add("--learning_rate", type=float, default=1e-5,
+        help="Learning rate, before --scale_lr. For prodigy, a factor of its own estimate, 1 if not given.")
     add("--scale_lr", **is_on,
         help="Multiply it by batch size, processes and accumulation, and by 2 with prior preservation.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
@@ -125,11 +139,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="Processes that load images; the result is the same for any number.")
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
-    add("--use_8bit_adam", **is_on, help="8-bit Adam; needs pip install '.[8bit]'.")
-    add("--adam_beta1", type=float, default=0.9, help="Adam's first beta.")
-    add("--adam_beta2", type=float, default=0.999, help="Adam's second beta.")
-    add("--adam_weight_decay", type=float, default=1e-2, help="Adam's weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
+    add("--rank", type=positive_int,
+        help="Train a change of this rank beside each projection, such as 16, rather than the projection: smaller "
+        "files, checkpoints and optimizer states. If not given, whole projections.")
+    add("--rank_alpha", type=positive_number,
+        help="The change is multiplied by this over --rank; if not given, by 1.")
+    add("--optimizer", choices=OPTIMIZERS,
+        help="If not given, adamw. adamw8bit needs pip install '.[8bit]'. prodigy finds its own step size, and needs "
+        "pip install '.[prodigy]'. adafactor keeps the smallest state.")
+    add("--use_8bit_adam", **is_on, help="The same as --optimizer=adamw8bit.")
+    add("--adam_beta1", type=float, default=0.9, help="First beta of AdamW and Prodigy.")
+    add("--adam_beta2", type=float, default=0.999, help="Second beta of AdamW and Prodigy.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="Weight decay of every optimizer.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon of AdamW and Prodigy.")
+    add("--snr_gamma", type=positive_number,
+        help="Weigh the loss of each image by its noise level (Min-SNR, Hang et al. 2023); the paper recommends 5. If "
+        "not given, all levels count alike.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
     add("--set_grads_to_none", **is_on,
         help="Drop gradients between steps rather than zero them: always so here, since it changes nothing but memory.")
@@ -183,10 +208,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parse_with_config(parser, argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    given = given_flags(argv)
     try:
-        follow_configuration(args, given_flags(argv))
+        follow_configuration(args, given)
     except UserError as error:
         parser.error(str(error))
+    settle_optimizer(parser, args, given)
+    if args.rank_alpha is not None and args.rank is None:
+        parser.error("--rank_alpha has no meaning without --rank: leave it out")
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
             parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
@@ -222,8 +251,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--keep_latents has nothing to keep with --no_latent_cache: leave one of them out")
     if args.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         parser.error("--torch_compile needs the compiler g++, or another that the variable CXX names")
-    if args.use_8bit_adam:
-        _require(parser, "bitsandbytes", "--use_8bit_adam", "8bit")
     problem = tracker_problem(args.report_to, TRACKERS)
     if problem is not None:
         parser.error(problem)
@@ -232,6 +259,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.mixed_precision == "fp16" and not _has_cuda():
         parser.error("fp16 needs a GPU, and there is none: give --mixed_precision=bf16 or --mixed_precision=no")
     return args
+
+
+def settle_optimizer(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
+    """Make one of the two flags that name the optimizer, and refuse what it has no use for.
+
+    Args:
+        given: the names of the flags that were given.
+    """
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        parser.error(f"--use_8bit_adam means --optimizer=adamw8bit, not {args.optimizer}: leave one of them out")
+    args.optimizer = args.optimizer or ("adamw8bit" if args.use_8bit_adam else "adamw")
+    args.use_8bit_adam = args.optimizer == "adamw8bit"
+    for name in MEANINGLESS.get(args.optimizer, ()):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no meaning for --optimizer={args.optimizer}: leave it out")
+    if args.optimizer == "prodigy":
+        if "learning_rate" not in given:
+            args.learning_rate = 1.0
+        if args.learning_rate < LEAST_PRODIGY_RATE:
+            parser.error(
+                f"--learning_rate {args.learning_rate} is a factor of the step size that --optimizer=prodigy finds "
+                "itself: give --learning_rate=1"
+            )
+        _require(parser, "prodigyopt", "--optimizer=prodigy", "prodigy")
+    if args.use_8bit_adam:
+        _require(parser, "bitsandbytes", "8-bit Adam", "8bit")
 
 
 def given_flags(argv: Sequence[str] | None) -> set[str]:
@@ -281,17 +334,17 @@ from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
-from custom_diffusion.training.attention import swap_attention_processors
+from custom_diffusion.training.attention import check_rank, train_attention
 from custom_diffusion.training.checkpoints import find_checkpoint
 from custom_diffusion.training.lock import unlocks_folders
 from custom_diffusion.training.objective import CustomDiffusion
+from custom_diffusion.training.optimizers import build_optimizer
 from custom_diffusion.training.processes import name_to_speak_as
 from custom_diffusion.training.progress import STEPS_BETWEEN_READS, StepRecord, report_steps
 from custom_diffusion.training.prompts import check_prompts
 from custom_diffusion.training.run import (
     Run,
     announce,
-    build_optimizer,
     build_schedule,
     cache_texts,
     check_inputs,
@@ -342,15 +395,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
     latents = prepare_latents(args, dataset, steps, configuration, accelerator)
 
-    # Trained are a row for each modifier token, and copies of the cross-attention's projections.
+    # Trained are a row for each modifier token, and copies of the cross-attention's projections, or changes of them.
     text_encoders = base_model.text_encoders(configuration.family)
     train_new_words(text_encoders, modifier_tokens)
     unet = base_model.unet()
-    swap_attention_processors(unet, args.freeze_model == "crossattn", args.enable_xformers_memory_efficient_attention)
+    train_attention(unet, args)
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    model = CustomDiffusion(
-        configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens, prior_loss_weight
-    )
+    parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)
+    model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma)
     fit_to_machine(model, args, accelerator, configuration.latent_size)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
     lr_scheduler = build_schedule(args, optimizer, steps.stop)
@@ -386,6 +438,7 @@ def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
     )
     configuration = read_configuration(base_model, args.resolution if "resolution" in given else None)
     args.resolution = configuration.resolution
+    check_rank(args.rank, base_model)
     return configuration
 
 

@@ -277,6 +277,16 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
         ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
         ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
+        ({"class_image_scheduler": "ddim"}, ["--class_image_scheduler", "ddim", "dpmsolver++"]),
+        ({"class_image_steps": 0}, ["--class_image_steps", "less than 1"]),
+        ({"rank": 0}, ["--rank", "less than 1"]),
+        ({"rank_alpha": 4}, ["--rank_alpha has no meaning without --rank"]),
+        ({"snr_gamma": 0}, ["--snr_gamma", "0 is not above 0"]),
+        ({"optimizer": "sgd"}, ["--optimizer", "sgd", "adafactor"]),
+        ({"use_8bit_adam": True, "optimizer": "adamw"}, ["--use_8bit_adam", "--optimizer=adamw8bit", "not adamw:"]),
+        ({"optimizer": "adafactor", "adam_beta2": 0.99}, ["--adam_beta2 has no meaning", "adafactor", "leave it out"]),
+        ({"optimizer": "prodigy", "scale_lr": True}, ["--scale_lr has no meaning", "prodigy"]),
+        ({"optimizer": "prodigy", "learning_rate": 1e-4}, ["--learning_rate 0.0001", "prodigy", "--learning_rate=1"]),
     ],
 )
 def test_a_wrong_argument_gets_a_usage_line_and_an_error_line(

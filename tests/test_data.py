@@ -119,8 +119,14 @@ def test_prompt_dataset_fills_the_gaps() -> None:
 class Painter:
     """A base model whose images show their noise and how often it was asked."""
 
+    device = torch.device("cpu")
+    scheduler: object = None
+
     def __init__(self) -> None:
         self.asked: list[str] = []
+
+    def load(self, loader: object, subfolder: str) -> dict[str, object]:
+        return {}
 
     def pipeline(self, dtype: torch.dtype, **options: object) -> Painter:
         return self
@@ -131,8 +137,13 @@ class Painter:
     def set_progress_bar_config(self, **options: object) -> None:
         pass
 
-    def __call__(self, prompts: list[str], generator: list[torch.Generator]) -> SimpleNamespace:
-        self.asked += prompts
+    def encode_prompt(self, prompts: list[str], **options: object) -> tuple[list[str], None]:
+        return prompts, None
+
+    def __call__(
+        self, prompt_embeds: list[str], generator: list[torch.Generator], **options: object
+    ) -> SimpleNamespace:
+        self.asked += prompt_embeds
         noise = [(torch.rand(8, 8, 3, generator=one) * 255).byte().numpy() for one in generator]
         return SimpleNamespace(images=[Image.fromarray(one) for one in noise])
 
@@ -140,7 +151,14 @@ class Painter:
 def generate(entries: Sequence[ConceptEntry], count: int = 3, seed: int = 42) -> list[str]:
     """What the painter was asked for."""
     painter = Painter()
-    args = SimpleNamespace(num_class_images=count, sample_batch_size=2, seed=seed, prior_generation_precision=None)
+    args = SimpleNamespace(
+        num_class_images=count,
+        sample_batch_size=2,
+        seed=seed,
+        prior_generation_precision=None,
+        class_image_scheduler="dpmsolver++",
+        class_image_steps=None,
+    )
     generate_class_images(painter, entries, Accelerator(cpu=True), args)
     return painter.asked
 

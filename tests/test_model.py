@@ -16,18 +16,23 @@ from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import StableDiffusion
 from custom_diffusion.training.attention import swap_attention_processors
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
-from custom_diffusion.training.objective import CustomDiffusion, custom_diffusion_loss
+from custom_diffusion.training.objective import CustomDiffusion, custom_diffusion_loss, min_snr_weights
 from custom_diffusion.training.tokens import add_modifier_tokens, train_new_words
 
 
 def load(
-    folder: Path, tokens: tuple[str, ...] = ("<new1>", "<new2>"), train_q_out: bool = False, **options: object
+    folder: Path,
+    tokens: tuple[str, ...] = ("<new1>", "<new2>"),
+    train_q_out: bool = False,
+    rank: int | None = None,
+    alpha: float | None = None,
+    **options: object,
 ) -> CustomDiffusion:
     model, family = BaseModel(str(folder)), StableDiffusion()
     modifier_tokens = add_modifier_tokens(model.tokenizers(family), tokens, ["ktn", "pll", "ucd"][: len(tokens)])
     text_encoders, unet = model.text_encoders(family), model.unet()
     train_new_words(text_encoders, modifier_tokens)
-    swap_attention_processors(unet, train_q_out)
+    swap_attention_processors(unet, train_q_out, rank=rank, alpha=alpha)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     return CustomDiffusion(family, text_encoders, unet, scheduler, modifier_tokens, **options)
 
@@ -269,6 +274,59 @@ def test_loss_with_prior_by_hand() -> None:
     assert (loss.item(), instance.item(), prior.item()) == (11.5, 9.0, 5.0)
 
 
+def test_loss_of_weighted_images_by_hand() -> None:
+    # Two instance images, masked: 3^2 = 9 and 2^2 = 4; two class images: (1^2 + 3^2) / 2 = 5 and 2^2 = 4.
+    prediction = torch.tensor([[[[3.0, 100.0]]], [[[2.0, 2.0]]], [[[1.0, 3.0]]], [[[2.0, 2.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 1.0]]], [[[0.0, 0.0]]], [[[0.0, 0.0]]]])
+    mask[1, ..., 1] = 0
+    weights = torch.tensor([0.5, 0.25, 0.2, 1.0])
+    loss, instance, prior = custom_diffusion_loss(prediction, torch.zeros(4, 1, 1, 2), mask, 2.0, weights)
+    assert instance.item() == pytest.approx((0.5 * 9 + 0.25 * 4) / 2)
+    assert prior.item() == pytest.approx((0.2 * 5 + 1.0 * 4) / 2)
+    assert loss.item() == pytest.approx(2.75 + 2 * 2.5)
+    assert torch.equal(
+        custom_diffusion_loss(prediction, torch.zeros(4, 1, 1, 2), mask, 2.0, torch.ones(4))[0],
+        custom_diffusion_loss(prediction, torch.zeros(4, 1, 1, 2), mask, 2.0)[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "expected"),
+    # alpha^2 of 0.96, 0.8 and 0.5 are SNRs of 24, 4 and 1; gamma is 5.
+    [("epsilon", [5 / 24, 1.0, 1.0]), ("v_prediction", [5 / 25, 4 / 5, 1 / 2])],
+)
+def test_min_snr_weights_by_hand(prediction_type: str, expected: list[float]) -> None:
+    scheduler = DDPMScheduler(num_train_timesteps=3, prediction_type=prediction_type)
+    scheduler.alphas_cumprod = torch.tensor([0.96, 0.8, 0.5])
+    weights = min_snr_weights(scheduler, torch.tensor([0, 1, 2, 0]), gamma=5.0)
+    assert weights.tolist() == pytest.approx([*expected, expected[0]], rel=1e-5)
+
+
+@pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_weights_are_finite_without_any_signal(prediction_type: str, expected: float) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    assert min_snr_weights(scheduler, torch.tensor([999]), gamma=5.0).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_objective_weighs_every_image_by_its_noise(base_model: Path) -> None:
+    plain, weighted = load(base_model), load(base_model, snr_gamma=0.01)
+    inputs = batch(plain)
+    with torch.no_grad():
+        alone = [
+            plain(
+                **{
+                    name: {k: v[i : i + 1] for k, v in x.items()} if name == "input_ids" else x[i : i + 1]
+                    for name, x in inputs.items()
+                }
+            )[0].item()
+            for i in range(2)
+        ]
+        weights = min_snr_weights(plain.noise_scheduler, inputs["timesteps"], 0.01).tolist()
+        assert weights[0] < 0.01 < weights[1]
+        expected = (weights[0] * alone[0] + weights[1] * alone[1]) / 2
+        assert weighted(**inputs)[0].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_loss_divides_by_the_masked_latents_of_one_channel() -> None:
     # As the example does: the sum runs over channels, the mask has one. Four channels of error 1 count 4.
     loss, *_ = custom_diffusion_loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 2, 2), None)
@@ -334,9 +392,10 @@ def test_recomputing_on_a_cpu_gives_the_same_gradients(base_model: Path) -> None
         assert torch.equal(value.grad, saving.trained()[name].grad), name
 
 
-def test_compiling_gives_the_same_gradients(base_model: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_compiling_gives_the_same_gradients(base_model: Path, rank: int | None) -> None:
     # Graphs are captured forwards and backwards as for inductor, whose own part takes minutes even on this model.
-    plain, compiled = load(base_model), load(base_model)
+    plain, compiled = load(base_model, rank=rank), load(base_model, rank=rank)
     compiled.compile_unet(backend="aot_eager", fullgraph=True)
     for model in (plain, compiled):
         model.enable_gradient_checkpointing()

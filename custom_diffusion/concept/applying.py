@@ -180,7 +180,8 @@ def _combine(
                     "merge.py makes one concept of the two and renames one of the tokens"
                 )
             tokens[token] = (vectors, concept)
-        for key, weight in (concept.attention | concept.differences).items():
+        differences = {key: difference.whole() for key, difference in concept.differences.items()}
+        for key, weight in (concept.attention | differences).items():
             if key in attention and not torch.equal(attention[key][0].float(), weight.float()):
                 raise UserError(
                     f"{attention[key][1].source!r} and {concept.source!r} each trained their own attention weights; "

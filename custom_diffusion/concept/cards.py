@@ -69,15 +69,6 @@ The licence of the base model holds for these weights too.
 
 def _how_to_use(concept: Concept, prompt: str, ending: str) -> str:
     """The section of a model card that shows how to load the concept."""
-    family = _family_of(concept)
-    load_tokens = "".join(
-        f'pipeline.load_textual_inversion(model, weight_name="{token}.{ending}")\n' for token in concept.tokens
-    )
-    imports, options = _loading(concept, ", dtype=torch.float16")
-    if len(family.text_encoders) > 1:
-        load_tokens = "".join(_load_word("model", token, f"{token}.{ending}", family) for token in concept.tokens)
-        imports += FILE_IMPORT
-    where = "the path of this folder, or its name on the Hub" if len(family.text_encoders) == 1 else PATH
     return f"""## Use it
 
 With the project that made it, in its folder; the path of this one, or its name on the Hub, for `this-folder`:
@@ -86,7 +77,24 @@ With the project that made it, in its folder; the path of this one, or its name 
 python infer.py --model_dir this-folder --prompt "{prompt}"
 ```
 
-With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
+{_low_rank_use(concept, prompt) if concept.differences else _use_of_whole_projections(concept, prompt, ending)}
+`cross_attention_kwargs={{"scale": ...}}` has no effect on these weights: it is for LoRAs. `infer.py --scale` blends
+them with the base model's.
+"""
+
+
+def _use_of_whole_projections(concept: Concept, prompt: str, ending: str) -> str:
+    """How diffusers alone loads a concept with whole projections."""
+    family = _family_of(concept)
+    load_tokens = "".join(
+        f'pipeline.load_textual_inversion(model, weight_name="{token}.{ending}")\n' for token in concept.tokens
+    )
+    imports, options = _loading(concept, ", dtype=torch.float16")
+    where = "the path of this folder, or its name on the Hub"
+    if len(family.text_encoders) > 1:
+        load_tokens = "".join(_load_word("model", token, f"{token}.{ending}", family) for token in concept.tokens)
+        imports, where = imports + FILE_IMPORT, PATH
+    return f"""With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
 
 ```python
 import torch
@@ -98,9 +106,33 @@ pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16{opt
 pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.{ending}", _pipeline=pipeline)
 {load_tokens}image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
+"""
 
-`cross_attention_kwargs={{"scale": ...}}` has no effect on these weights: it is for LoRAs. `infer.py --scale` blends
-them with the base model's.
+
+def _low_rank_use(concept: Concept, prompt: str) -> str:
+    """How Python loads a concept with low-rank factors, which diffusers' own loaders do not read."""
+    imports, options = _loading(concept, ", dtype=torch.float16")
+    return f"""The attention weights are factors of a low-rank change (`--rank`), which diffusers' `load_attn_procs`
+does not read. In Python, with the project's package (`pip install .` in its folder):
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+{imports}
+from custom_diffusion import apply_concepts, load_concept
+
+model = "."  # the path of this folder, or its name on the Hub
+base_model = "{concept.base_model or "the model above"}"
+pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16{options}).to("cuda")
+apply_concepts(pipeline, load_concept(model))
+image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
+```
+
+For diffusers alone, ComfyUI, AUTOMATIC1111 and other programs, make a LoRA of it; nothing is lost:
+
+```bash
+python export.py --model_dir this-folder --format lora
+```
 """
 
 

@@ -7,8 +7,8 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,68 @@ def rename_tokens(concept: Concept, names: Sequence[str], base_model: BaseModel 
     )
 
 
+@dataclass(frozen=True)
+class Lora:
+    """What goes into a LoRA's file.
+
+    Attributes:
+        tensors: its content.
+        ranks: of each projection.
+        alpha: of all of them.
+        loss: what to tell of the difference from what was learned.
+    """
+
+    tensors: dict[str, Tensor]
+    ranks: dict[str, int]
+    alpha: float
+    loss: str
+
+
+def compressed_lora(
+    concept: Concept, originals: Mapping[str, Tensor], args: argparse.Namespace, layer_name: Callable[[str], str]
+) -> Lora:
+    """The best approximation of whole projections by ranks as the command line asks for."""
+    decompositions = decompose(concept, originals)
+    ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
+    factors = {key: d.factors(ranks[key]) for key, d in decompositions.items()}
+    error = f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+    tensors = formats.to_lora(factors, DTYPES[args.dtype or "fp16"], layer_name)
+    return Lora(tensors, ranks, max(ranks.values()), error)
+
+
+def trained_lora(concept: Concept, args: argparse.Namespace, layer_name: Callable[[str], str]) -> Lora:
+    """The factors that were trained, as they are."""
+    name = args.dtype or "fp32"
+    differences = concept.differences
+    if name == "fp16":
+        differences = {key: difference.balanced() for key, difference in differences.items()}
+    ranks = {key: difference.rank for key, difference in differences.items()}
+    loss = f"the factors as they were trained, in {name}"
+    alphas = {(difference.rank, difference.alpha) for difference in differences.values()}
+    if len(alphas) == 1:
+        factors = {key: (difference.up, difference.down) for key, difference in differences.items()}
+        ((_, alpha),) = alphas
+        return Lora(formats.to_lora(factors, DTYPES[name], layer_name, alpha), ranks, alpha, loss)
+    factors = {key: difference.factors() for key, difference in differences.items()}
+    return Lora(formats.to_lora(factors, DTYPES[name], layer_name), ranks, max(ranks.values()), loss)
+
+
 def export_lora(
     concept: Concept, base_model: BaseModel, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path
 ) -> None:
     """Write a LoRA in kohya-ss' naming, and one embedding file per token, or all in one with ``--bundle``."""
     family = base_model.family()
-    decompositions = decompose(concept, originals)
-    ranks = {key: chosen_rank(d, args) for key, d in decompositions.items()}
     layer_name = partial(family.kohya_name, unet=base_model.unet_configuration())
-    factors = {key: d.factors(ranks[key]) for key, d in decompositions.items()}
-    tensors = formats.to_lora(factors, DTYPES[args.dtype or "fp16"], layer_name)
+    make = trained_lora if concept.differences else partial(compressed_lora, originals=originals)
+    lora = make(concept, args=args, layer_name=layer_name)
     embeddings = embedding_names(list(concept.tokens), base_model.tokenizers(family).values())
     name = lora_name(folder, embeddings.values())
     contents = {
         embeddings[token]: formats.to_embedding(vectors_by_key(token, vectors))
         for token, vectors in concept.tokens.items()
     }
-    if args.bundle:
-        tensors |= formats.bundled(contents)
-    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, ranks, family))
+    tensors = lora.tensors | (formats.bundled(contents) if args.bundle else {})
+    data = safetensors.torch.save(tensors, metadata=lora_metadata(concept, lora, family))
     write_bytes(folder / name, data)
     for token, stem in embeddings.items() if not args.bundle else ():
         # Programs name a word after its file; the token itself is inside.
@@ -89,8 +132,8 @@ def export_lora(
     write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings, args.bundle).encode())
     warn_of_biases(concept, originals)
     print(
-        f"{folder / name}: rank {min(ranks.values())} to {max(ranks.values())}, {len(data) / 1e6:.1f} MB, "
-        f"relative error of the change {relative_error(decompositions, ranks):.1%}"
+        f"{folder / name}: rank {min(lora.ranks.values())} to {max(lora.ranks.values())}, {len(data) / 1e6:.1f} MB, "
+        f"{lora.loss}"
     )
     others = "OneTrainer" if args.bundle else "diffusers, ComfyUI and InvokeAI"
     print(f"In AUTOMATIC1111/Forge, {others}: see {folder / CARD_NAME}")
@@ -148,15 +191,15 @@ def embedding_names(tokens: Sequence[str], tokenizers: Collection[Any]) -> dict[
     return names
 
 
-def lora_metadata(concept: Concept, ranks: Mapping[str, int], family: Family) -> dict[str, str]:
+def lora_metadata(concept: Concept, lora: Lora, family: Family) -> dict[str, str]:
     """What programs read of a LoRA without loading it; kohya-ss' names."""
     vectors = next(iter(concept.tokens.values()), {})
     width = sum(len(vector) for vector in vectors.values())  # as the cross-attention has it
-    same = len(set(ranks.values())) == 1
+    ranks = set(lora.ranks.values())
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks.values())) if same else "Dynamic",
-        "ss_network_alpha": str(max(ranks.values())),
+        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{lora.alpha:g}",
         "ss_base_model_version": family.kohya_version(width),
         "ss_v2": str(family.kohya_version(width) == "sd_v2"),
         "modelspec.trigger_phrase": " ".join(concept.tokens),

@@ -3,7 +3,8 @@
 This module is the only place that knows our own format. A concept is a folder (or a Hub repository) with
 
 - ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
-  projections, under the keys of diffusers' Custom Diffusion processors;
+  projections, under the keys of diffusers' Custom Diffusion processors
+  (or, where these were trained as a change of low rank, its factors: :mod:`low_rank` has their keys);
 - ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``, or where
   the base model has several text encoders, as Stable Diffusion XL has, a vector of shape (1, width) for each:
   ``{"clip_l": ..., "clip_g": ...}``, as other programs name and read them;
@@ -28,6 +29,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from torch import Tensor
 
 from custom_diffusion.concept import formats
+from custom_diffusion.concept.low_rank import LowRank, is_low_rank, low_rank_of
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_by_name, write_whole
 from custom_diffusion.models.base_model import BaseModel
@@ -58,8 +60,9 @@ class Concept:
         base_revision, base_variant, base_tokenizer, base_vae: what else it takes to load it as it was trained, see
             :class:`BaseModel`.
         source: where the concept was read from, for messages.
-        differences: keyed like ``attention``, projections that are known only as difference from the base model's
-            (the authors' compressed files); :func:`complete` turns them into ``attention``.
+        differences: keyed like ``attention``, projections that are known only as a difference of low rank from the
+            base model's (``--rank``, and the authors' compressed files); :func:`complete` turns them into
+            ``attention``.
         instance_prompt: what the card says of the prompts it was trained on.
     """
 
@@ -67,7 +70,7 @@ class Concept:
     tokens: dict[str, dict[str, Tensor]]
     base_model: str | None = None
     source: str = "the concept"
-    differences: dict[str, Tensor] = field(default_factory=dict)
+    differences: dict[str, LowRank] = field(default_factory=dict)
     instance_prompt: str | None = None
     base_revision: str | None = None
     base_variant: str | None = None
@@ -97,9 +100,14 @@ class Concept:
         return concept
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was learned, by name: projections, differences, and ``<new1> of text_encoder``."""
+        """Everything that was learned, by name: projections, factors, and ``<new1> of text_encoder``."""
         vectors = {f"{token} of {name}": vector for token, own in self.tokens.items() for name, vector in own.items()}
-        return self.attention | self.differences | vectors
+        factors = {name: value for key, own in self.differences.items() for name, value in own.tensors(key).items()}
+        return self.attention | factors | vectors
+
+    def projections(self) -> list[str]:
+        """The keys of all projections that were trained, whole or as a difference."""
+        return [*self.attention, *self.differences]
 
 
 def check_token_name(token: str) -> None:
@@ -132,7 +140,8 @@ def save_concept(
     """Write the weights and one file per token.
 
     Both formats hold an empty entry per self-attention processor: diffusers' ``load_attn_procs`` wants to hear
-    of every processor of the UNet, and takes an empty entry for one that was not trained.
+    of every processor of the UNet, and takes an empty entry for one that was not trained. It does not read low-rank
+    differences.
 
     Args:
         folder: made if it is not there.
@@ -142,18 +151,17 @@ def save_concept(
         The names of the files written, relative to ``folder``.
 
     Raises:
-        UserError: for a token that cannot be a file name, values that are not finite, or differences whose base
-            model is not known here; nothing is written then.
+        UserError: for a token that cannot be a file name, or values that are not finite; nothing is written then.
     """
     folder = Path(folder)
-    if concept.differences:
-        raise UserError(f"{concept.source!r} is compressed: complete it with its base model before saving it")
     for token in concept.tokens:
         check_token_name(token)
     _check_finite(concept)
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {key: _to_save(tensor) for key, tensor in concept.attention.items()}
-    untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in cpu})
+    for key, difference in concept.differences.items():
+        cpu |= {name: _to_save(tensor) for name, tensor in difference.stored(key).items()}
+    untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in concept.attention})
     files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
     written = []
     if safetensors_too:
@@ -191,13 +199,12 @@ def load_concept(source: str | os.PathLike) -> Concept:
     folder = path if path.is_dir() else path.parent
     files = _weight_files(folder)
     delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
-    differences: dict[str, Tensor] = {}
     if path.is_file():
         attention, differences, tokens = _read_delta(path)
     elif delta is not None and WEIGHTS_STEM not in files:
         attention, differences, tokens = _read_delta(delta)
     else:
-        attention, tokens = _read_own_files(files)
+        attention, differences, tokens = _read_own_files(files)
     if not attention and not differences and not tokens:
         raise UserError(
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
@@ -208,20 +215,28 @@ def load_concept(source: str | os.PathLike) -> Concept:
     return concept
 
 
-def _read_own_files(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def _read_own_files(
+    files: Mapping[str, Path],
+) -> tuple[dict[str, Tensor], dict[str, LowRank], dict[str, dict[str, Tensor]]]:
     attention: dict[str, Tensor] = {}
+    differences: dict[str, LowRank] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
     for stem, path in files.items():
         content = _read_tensors(path)
         if stem == WEIGHTS_STEM:
             # Empty entries stand for processors that were not trained.
-            attention = {key: value for key, value in content.items() if len(value) > 0}
+            content = {key: value for key, value in content.items() if len(value) > 0}
+            try:
+                differences = low_rank_of(content)
+            except ValueError as error:
+                raise UserError(f"{path} {error}") from error
+            attention = {key: value for key, value in content.items() if not is_low_rank(key)}
             foreign = next((key for key in attention if not formats.KEY.fullmatch(key)), None)
             if foreign is not None:
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif vectors := _vectors_of_token(path, stem, content):
             tokens[stem] = vectors
-    return attention, tokens
+    return attention, differences, tokens
 
 
 def vectors_by_key(token: str, vectors: Mapping[str, Tensor]) -> dict[str | None, Tensor]:
@@ -283,7 +298,7 @@ def _check_finite(concept: Concept) -> None:
             raise UserError(f"{name!r} of {concept.source!r} holds values that are not finite: its training failed")
 
 
-def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, LowRank], dict[str, dict[str, Tensor]]]:
     try:
         attention, differences, tokens = formats.from_delta(_read_tensors(path))
     except UserError:

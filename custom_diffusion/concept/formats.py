@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_diffusion.concept.low_rank import LowRank
+
 # `down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight`
 KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\."
@@ -61,7 +63,7 @@ def _parameter_of_compvis(name: str) -> str:
     return f"mid_block.attentions.0.{rest}"
 
 
-def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[Tensor]]]:
+def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, LowRank], dict[str, list[Tensor]]]:
     """Translate the content of a ``delta.bin`` or ``delta.ckpt``.
 
     Returns:
@@ -80,14 +82,14 @@ def from_delta(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     if "text_encoder" in content:
         raise ValueError("holds a whole text encoder that was trained too; only tokens and attention can be read")
     weights: dict[str, Tensor] = {}
-    differences: dict[str, Tensor] = {}
+    differences: dict[str, LowRank] = {}
     for name, value in unet.items():
         key = key_of_parameter(name)
         if isinstance(value, Mapping) and {"u", "v"} <= value.keys():
             u, v = value["u"], value["v"]
             if not all(isinstance(factor, Tensor) and factor.dim() == 2 for factor in (u, v)) or len(u.T) != len(v):
                 raise ValueError(f"has factors for {name!r} that do not fit each other")
-            differences[key] = u.float() @ v.float()
+            differences[key] = LowRank(u, v, alpha=float(len(v)))
         elif isinstance(value, Tensor):
             weights[key] = value
         else:
@@ -139,7 +141,10 @@ def to_delta(
 
 
 def to_lora(
-    factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype, layer_name: Callable[[str], str]
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    layer_name: Callable[[str], str],
+    alpha: float | None = None,
 ) -> dict[str, Tensor]:
     """A LoRA in kohya-ss' naming: ``lora_unet_..._attn2_to_k.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
 
@@ -148,16 +153,28 @@ def to_lora(
             sides keep half precision from underflowing.
         dtype: type to store the factors in.
         layer_name: of one of the UNet's layers, what kohya-ss' scripts call it.
+        alpha: where it is given, the difference is alpha / rank * u @ v, and u and v are stored as they are; all have
+            one rank then.
     """
+    if alpha is not None:
+        same = {key: (u.to(dtype), v.to(dtype)) for key, (u, v) in factors.items()}
+        return _to_lora(same, alpha, layer_name)
     # Programs multiply by alpha / rank. One alpha for all layers, with the rest in the factors: diffusers (0.42) drops
     # alphas that differ between layers, with a warning only, and scales those layers wrongly.
     alpha = float(max((len(v) for _, v in factors.values()), default=1))
+    scales = {key: (len(v) / alpha) ** 0.5 for key, (_, v) in factors.items()}
+    scaled = {key: ((u * scales[key]).to(dtype), (v * scales[key]).to(dtype)) for key, (u, v) in factors.items()}
+    return _to_lora(scaled, alpha, layer_name)
+
+
+def _to_lora(
+    factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float, layer_name: Callable[[str], str]
+) -> dict[str, Tensor]:
     tensors = {}
     for key, (u, v) in factors.items():
         name = "lora_unet_" + layer_name(parameter_name(key).removesuffix(".weight"))
-        scale = (len(v) / alpha) ** 0.5
-        tensors[f"{name}.lora_down.weight"] = (v * scale).to(dtype).contiguous()
-        tensors[f"{name}.lora_up.weight"] = (u * scale).to(dtype).contiguous()
+        tensors[f"{name}.lora_down.weight"] = v.contiguous()
+        tensors[f"{name}.lora_up.weight"] = u.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
     return tensors
 

@@ -70,7 +70,7 @@ def check_mergeable(concept: Concept, first: Concept) -> None:
     Raises:
         UserError: for a concept without tokens or keys and values, or with other layers than the first one.
     """
-    keys, others = ({*c.attention, *c.differences} for c in (concept, first))
+    keys, others = (set(c.projections()) for c in (concept, first))
     if any("to_q_custom" in key or "to_out_custom" in key for key in keys):
         raise UserError(
             f"{concept.source!r} also trained queries and outputs (--freeze_model crossattn): only keys and values "

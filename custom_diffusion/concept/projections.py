@@ -35,7 +35,8 @@ def complete(concept: Concept, originals: Mapping[str, Tensor]) -> Concept:
         UserError: where a difference does not fit its projection.
     """
     attention = dict(concept.attention)
-    for key, difference in concept.differences.items():
+    for key, factors in concept.differences.items():
+        difference = factors.whole()
         check_shape(concept, key, difference, originals[key])
         attention[key] = originals[key].float() + difference
     return replace(concept, attention=attention, differences={})

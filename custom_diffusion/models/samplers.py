@@ -50,12 +50,13 @@ _SAMPLING = {
 }
 
 
-def build_sampler(name: str, saved: Mapping[str, Any]) -> Any:
+def build_sampler(name: str, saved: Mapping[str, Any], flag: str = "--scheduler") -> Any:
     """A sampler for a base model.
 
     Args:
         name: ``ddim``, ``dpmsolver++``, ``euler``, ``euler_a`` or ``unipc``.
         saved: the configuration of the base model's scheduler, of any class.
+        flag: that asks for it, for messages.
 
     Raises:
         UserError: for a model that was trained in a way that the sampler does not know.
@@ -66,13 +67,13 @@ def build_sampler(name: str, saved: Mapping[str, Any]) -> Any:
     try:
         return _CLASSES[name].from_config(training | _SAMPLING | {"timestep_spacing": spacing})
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"the base model cannot be sampled with --scheduler {name}: {first_line(error)}") from error
+        raise UserError(f"the base model cannot be sampled with {flag} {name}: {first_line(error)}") from error
 
 
-def load_sampler(name: str, base_model: BaseModel) -> Any:
-    """The sampler ``name`` for a base model, whatever scheduler that was saved with.
+def load_sampler(name: str, base_model: BaseModel, flag: str = "--scheduler") -> Any:
+    """The sampler ``name`` for a base model, whatever scheduler that was saved with; ``flag`` asks for it.
 
     Raises:
         UserError: where the scheduler's configuration cannot be read, or as :func:`build_sampler` does.
     """
-    return build_sampler(name, base_model.load(DDIMScheduler.load_config, "scheduler"))
+    return build_sampler(name, base_model.load(DDIMScheduler.load_config, "scheduler"), flag)

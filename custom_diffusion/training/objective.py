@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from custom_diffusion.concept.files import Concept
+from custom_diffusion.concept.low_rank import LowRank
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import release_pages
 from custom_diffusion.models.families import Conditioning, Family
@@ -21,7 +23,11 @@ from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTok
 
 
 def custom_diffusion_loss(
-    prediction: Tensor, target: Tensor, mask: Tensor, prior_loss_weight: float | None
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    prior_loss_weight: float | None,
+    image_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masked loss on instance images plus weighted prior loss on class images.
 
@@ -32,11 +38,14 @@ def custom_diffusion_loss(
             masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
             instance image counts C times as much as the mean over its latents.
         prior_loss_weight: None without prior preservation.
+        image_weights: (N,), what the loss of each image is multiplied by; None for 1.
 
     Returns:
         The loss to minimise, the instance loss and the prior loss (0 without prior), float32 scalars.
     """
     error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if image_weights is not None:
+        error = error * image_weights.view(-1, 1, 1, 1)
     if prior_loss_weight is None:
         instance_error, prior_loss = error, error.new_zeros(())
     else:
@@ -45,6 +54,27 @@ def custom_diffusion_loss(
         prior_loss = prior_error.mean()
     instance_loss = ((instance_error * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
     return instance_loss + (prior_loss_weight or 0.0) * prior_loss, instance_loss, prior_loss
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """The weights of Min-SNR (Hang et al. 2023, section 3.4): ``min(SNR, gamma)`` for the loss on clean images.
+
+    A loss on noise already weighs that by the SNR, and a loss on velocity by SNR + 1, so it is divided by these. SNR is
+    alpha^2 / sigma^2.
+
+    Args:
+        noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
+        timesteps: (N,).
+        gamma: above 0; the paper recommends 5.
+
+    Returns:
+        (N,), float32, from 0 to 1; 0 only at zero SNR where velocity is predicted.
+    """
+    snr = compute_snr(noise_scheduler, timesteps)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    # The same as min(SNR, gamma) / SNR, which is not defined where the SNR is 0.
+    return (gamma / snr).clamp(max=1)
 
 
 class CustomDiffusion(nn.Module):
@@ -62,6 +92,7 @@ class CustomDiffusion(nn.Module):
         noise_scheduler: how latents are noised, and whether noise or velocity is predicted.
         modifier_tokens: see :func:`tokens.add_modifier_tokens`.
         prior_loss_weight: None without prior preservation.
+        snr_gamma: of :func:`min_snr_weights`; None to weigh all timesteps alike.
     """
 
     def __init__(
@@ -72,12 +103,14 @@ class CustomDiffusion(nn.Module):
         noise_scheduler: DDPMScheduler,
         modifier_tokens: ModifierTokens,
         prior_loss_weight: float | None = None,
+        snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         self.family = family
         self.noise_scheduler = noise_scheduler
         self.modifier_tokens = modifier_tokens
         self.prior_loss_weight = prior_loss_weight
+        self.snr_gamma = snr_gamma
         self.text_encoders = nn.ModuleDict(dict(text_encoders))
         self.unet = unet
         keep_less(unet)
@@ -156,23 +189,26 @@ class CustomDiffusion(nn.Module):
         together = {name: torch.cat([one[name] for one in told]) for name in told[0]}
         noisy_latents = noisy_latents.to(self.unet.dtype)
         prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together, time_ids)
-        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight)
+        gamma = self.snr_gamma
+        weights = None if gamma is None else min_snr_weights(self.noise_scheduler, timesteps, gamma)
+        return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight, weights)
 
     def learned(self, base_model: str) -> Concept:
         """What was learned so far, as :mod:`concept` stores it."""
-        attention = {
-            f"{name}.{key}": value
-            for name, processor in self.unet.attn_processors.items()
-            if isinstance(processor, CustomDiffusionAttnProcessor)
-            for key, value in processor.state_dict().items()
-        }
+        attention: dict[str, Tensor] = {}
+        differences: dict[str, LowRank] = {}
+        for name, processor in self.unet.attn_processors.items():
+            if isinstance(processor, CustomDiffusionAttnProcessor):
+                own_attention, own_differences = processor.learned(name)
+                attention |= own_attention
+                differences |= own_differences
         tokens: dict[str, dict[str, Tensor]] = {token: {} for token in self.modifier_tokens.tokens}
         if tokens:
             for name, text_encoder in self.text_encoders.items():
                 embedding = next(part for part in text_encoder.modules() if isinstance(part, ModifierTokenEmbedding))
                 for token, row in zip(tokens, embedding.rows.weight.detach(), strict=True):
                     tokens[token][name] = row
-        return Concept(attention, tokens, base_model)
+        return Concept(attention, tokens, base_model, differences=differences)
 
     @torch.no_grad()
     def restore(self, concept: Concept) -> None:
@@ -181,11 +217,16 @@ class CustomDiffusion(nn.Module):
         Raises:
             UserError: where the concept does not have the same tokens and projections.
         """
-        current, stored = self.learned(base_model="").tensors(), concept.tensors()
+        mine = self.learned(base_model="")
+        current, stored = mine.tensors(), concept.tensors()
         for name, value in current.items():
             if name not in stored or stored[name].shape != value.shape:
                 raise UserError(
                     f"{concept.source!r} does not fit this run ({name!r}): resume with the same base model, "
-                    "--modifier_token and --freeze_model"
+                    "--modifier_token, --freeze_model and --rank"
                 )
             value.copy_(stored[name])
+        for key, difference in mine.differences.items():
+            alpha = concept.differences[key].alpha
+            if alpha != difference.alpha:
+                raise UserError(f"{concept.source!r} does not fit this run: resume with --rank_alpha={alpha:g}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -288,30 +287,6 @@ def fit_to_machine(
         model.recompute_cheaply(latent_size)
     if args.torch_compile:
         model.compile_unet()
-
-
-def build_optimizer(
-    args: argparse.Namespace, parameters: list[nn.Parameter], accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with the learning rate scaled as ``--scale_lr`` says."""
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-        learning_rate *= 2.0 if args.with_prior_preservation else 1.0
-    optimizer_class: Callable[..., torch.optim.Optimizer]
-    if args.use_8bit_adam:
-        optimizer_class = importlib.import_module("bitsandbytes.optim").AdamW8bit
-    else:
-        # Under fp16 the fused kernel would skip steps by itself, and accelerate could not tell.
-        fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
-        optimizer_class = partial(torch.optim.AdamW, fused=fused)
-    return optimizer_class(
-        parameters,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
 
 
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

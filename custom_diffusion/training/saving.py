@@ -35,6 +35,8 @@ SHOWN_ON_CARD = (
     "mixed_precision", "with_prior_preservation", "real_prior", "hflip", "noaug", "padding_mode", "cutmix_probability",
     "seed",
 )  # fmt: skip
+# And those that it shows where they are not left at their defaults.
+SHOWN_WHERE_CHANGED = {"rank": None, "rank_alpha": None, "optimizer": "adamw", "snr_gamma": None}
 
 
 @torch.no_grad()
@@ -101,6 +103,9 @@ def render_card(
     """The model card of a checkpoint or of the finished concept; ``ending`` is that of the files beside it."""
     args = run.args
     settings = {"steps": steps} | {name: getattr(args, name) for name in SHOWN_ON_CARD}
+    settings |= {
+        name: getattr(args, name) for name, default in SHOWN_WHERE_CHANGED.items() if getattr(args, name) != default
+    }
     prompts = [entry.instance_prompt for entry in run.concepts]
     return model_card(concept, prompts, settings, args.validation_prompt, images, ending=ending).encode()
 

@@ -18,7 +18,10 @@ from custom_diffusion.files import write_bytes
 SETTINGS_NAME = "training_settings.json"
 
 # What runs did that were made before there were these flags: they can still be resumed.
-BEFORE_THE_FLAG = {"padding_mode": "constant", "cutmix_probability": 0.0}
+BEFORE_THE_FLAG = {
+    "padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw", "rank": None,
+    "rank_alpha": None,
+}  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
 NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values"}
@@ -31,7 +34,8 @@ FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id", "no_safe_serialization",
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
-    "sample_batch_size", "prior_generation_precision", "local_rank", "set_grads_to_none", "concepts_list",
+    "sample_batch_size", "prior_generation_precision", "class_image_scheduler", "class_image_steps", "local_rank",
+    "set_grads_to_none", "concepts_list",
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
 }  # fmt: skip
 
@@ -86,7 +90,8 @@ def digest_of_tensors(tensors: Iterable[Tensor]) -> str:
 def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
     """In what these settings differ from others: a phrase for each difference."""
     found = []
-    others = {name: BEFORE_THE_FLAG[name] for name in BEFORE_THE_FLAG if name in settings} | others
+    before = BEFORE_THE_FLAG | ({"optimizer": "adamw8bit"} if others.get("use_8bit_adam") else {})
+    others = {name: before[name] for name in before if name in settings} | others
     for name in sorted((settings.keys() | others.keys()) - NOT_COMPARED):
         mine: Any = settings.get(name)
         other: Any = others.get(name)
