@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, run_script
 
-COMMANDS = ("train_custom_diffusion", "infer", "retrieve", "merge", "export")
+COMMANDS = ("train_custom_diffusion", "infer", "evaluate", "retrieve", "merge", "export")
 PACKAGE = "custom_diffusion"
 # What may be imported from where, in the order of the house. `front` is the package's own __init__.
 GROUND = ("ground",)
@@ -157,7 +157,7 @@ def test_retrieval_needs_no_heavy_library(module: str) -> None:
 # --- files and functions -------------------------------------------------------------------------
 
 
-def test_the_root_holds_the_five_commands_alone() -> None:
+def test_the_root_holds_the_six_commands_alone() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == {*COMMANDS}
 
 
