@@ -21,10 +21,11 @@ PACKAGE = "custom_diffusion"
 GROUND = ("ground",)
 BELOW = {
     "ground": GROUND,
+    "report": (*GROUND, "report"),
     "models": (*GROUND, "models"),
     "concept": (*GROUND, "models", "concept"),
     "data": (*GROUND, "models", "concept", "data"),
-    "training": (*GROUND, "models", "concept", "data", "training"),
+    "training": (*GROUND, "report", "models", "concept", "data", "training"),
     "retrieval": (*GROUND, "data", "retrieval"),
     "evaluation": (*GROUND, "models", "concept", "data", "evaluation"),
     "front": (*GROUND, "concept"),
