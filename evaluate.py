@@ -100,12 +100,15 @@ if __name__ == "__main__":
     end_quietly_on_interrupt()
     import_diffusers()
 
+from pathlib import Path
+
 import diffusers
 import transformers
 
-from custom_diffusion.evaluation.evaluating import default_output_dir, evaluate_concept, evaluate_images
+from custom_diffusion.evaluation.evaluating import FOLDER_NAME, default_output_dir, evaluate_concept, evaluate_images
 from custom_diffusion.evaluation.results import TABLE_NAME, write_results
 from custom_diffusion.files import output_folder
+from custom_diffusion.report.page import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = output_folder(args.output_dir)
     evaluation = evaluate_concept(args) if args.images_dir is None else evaluate_images(args)
     write_results(evaluation, folder)
+    if folder == Path(args.model_dir, FOLDER_NAME):
+        write_report(Path(args.model_dir))  # that of the run, if it has left one, shows the evaluation too
     print(f"{evaluation.as_markdown()}\nIn {folder / TABLE_NAME}, and with all details in evaluation.json beside it.")
 
 

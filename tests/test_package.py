@@ -18,7 +18,7 @@ import pytest
 import custom_diffusion
 from tests.conftest import ROOT, MakeOnce, run_script
 
-EXTRAS = {"wandb", "comet", "datasets", "8bit", "xformers", "evaluation", "tools", "dev"}
+EXTRAS = {"wandb", "comet", "datasets", "8bit", "xformers", "report", "evaluation", "tools", "dev"}
 
 
 def build(folder: Path) -> None:
