@@ -12,6 +12,7 @@ from custom_diffusion.command_line import (
     add_base_model_flags,
     end_quietly_on_interrupt,
     import_diffusers,
+    number_from_zero,
     parse_with_config,
     positive_int,
     run,
@@ -22,6 +23,7 @@ from custom_diffusion.command_line import (
 SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
 DTYPES = ("fp32", "fp16", "bf16")
 PROMPTS = ("objects", "living")
+PLOT_NAME = "trade_off.svg"
 DINO = "facebook/dino-vits16"
 
 
@@ -42,6 +44,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--images_dir",
         help="Evaluate these images rather than make some: a folder of infer.py's, CustomConcept101's samples/ and "
         "prompts.json, or DreamBench++'s layout.")
+    add("--checkpoints", action="store_true",
+        help="Evaluate every checkpoint of the run in --model_dir, and name the best.")
+    add("--margin", type=number_from_zero, default=0.05,
+        help="With --checkpoints, how much text alignment the best may have lost, as a part of the highest.")
     add("--instance_data_dir", nargs="+", default=[],
         help="Folders of real images of the concept, one for each where there are several.")
     add("--modifier_token", help="Tokens to leave out of scored prompts, joined with '+'; if not given, those of the "
@@ -55,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", default="objects", choices=PROMPTS, help="Which of the 20 prompts that come with the project.")
     add("--prompts_file", help="Prompts in place of these: a text file with one per line and {} for the concept, or "
         "CustomConcept101's dataset.json or dataset_multiconcept.json.")
-    add("--num_images", type=positive_int, default=5, help="Images per prompt; 1 with --checkpoints if not given.")
+    add("--num_images", type=positive_int, help="Images per prompt; if not given, 5, and 1 with --checkpoints.")
     add("--num_class_images", type=positive_int, default=200, help="Images of each plain class prompt, for KID.")
     add("--batch_size", type=positive_int, default=4, help="Images made at once.")
     add("--seed", type=int, default=42, help="Image i of each prompt starts from the noise of seed + i.")
@@ -87,6 +93,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("KID needs the package torch-fidelity: pip install '.[evaluation]'")
     if args.class_data_dir and args.images_dir is not None:
         parser.error("KID makes images of the class with the concept in --model_dir: leave out --images_dir")
+    if args.checkpoints and args.images_dir is not None:
+        parser.error("--checkpoints makes images with each of them: leave out --images_dir")
+    args.num_images = args.num_images or (1 if args.checkpoints else 5)
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     return args
@@ -105,10 +114,15 @@ from pathlib import Path
 import diffusers
 import transformers
 
-from custom_diffusion.evaluation.evaluating import FOLDER_NAME, default_output_dir, evaluate_concept, evaluate_images
+from custom_diffusion.evaluation.evaluating import (
+    default_output_dir,
+    evaluate_checkpoints,
+    evaluate_concept,
+    evaluate_images,
+)
 from custom_diffusion.evaluation.results import TABLE_NAME, write_results
-from custom_diffusion.files import output_folder
-from custom_diffusion.report.page import write_report
+from custom_diffusion.files import output_folder, write_bytes
+from custom_diffusion.report.page import trade_off, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,11 +131,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+    is_shown = args.output_dir is None and args.images_dir is None
     args.output_dir = args.output_dir or default_output_dir(args)
     folder = output_folder(args.output_dir)
-    evaluation = evaluate_concept(args) if args.images_dir is None else evaluate_images(args)
+    if args.images_dir is not None:
+        evaluation = evaluate_images(args)
+    else:
+        evaluation = evaluate_checkpoints(args) if args.checkpoints else evaluate_concept(args)
     write_results(evaluation, folder)
-    if folder == Path(args.model_dir, FOLDER_NAME):
+    plot = trade_off(evaluation.as_json())
+    if plot:
+        write_bytes(folder / PLOT_NAME, plot.encode())
+    if is_shown:
         write_report(Path(args.model_dir))  # that of the run, if it has left one, shows the evaluation too
     print(f"{evaluation.as_markdown()}\nIn {folder / TABLE_NAME}, and with all details in evaluation.json beside it.")
 

@@ -19,7 +19,9 @@ import evaluate
 import infer
 from custom_diffusion.concept.files import load_concept, save_concept
 from custom_diffusion.errors import UserError
+from custom_diffusion.evaluation.choosing import choose
 from custom_diffusion.evaluation.encoders import ClipEncoder, ImageEncoder
+from custom_diffusion.evaluation.evaluating import find_checkpoints
 from custom_diffusion.evaluation.layouts import find_generated
 from custom_diffusion.evaluation.prompts import fill_in, own_prompts, read_prompts, without_tokens
 from custom_diffusion.evaluation.scores import grouped_image_alignment, image_alignment, kid, text_alignment
@@ -368,6 +370,73 @@ def test_the_control_is_the_base_model_with_an_untrained_word(
     (expected,) = (tmp_path / "samples").glob("0*.png")
     first = min((out / "untrained" / "samples").iterdir())
     assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(expected)))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def row(name: str, text: float | None, image: float, kid: float | None = None) -> dict[str, object]:
+    values = {"text alignment": text, "image alignment": image, "KID x 1000": kid, "KID spread": kid and 1.0}
+    return {"checkpoint": name, **{key: value for key, value in values.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "best", "words"),
+    [
+        # The last repeats the photographs, and follows no prompt any more.
+        ([row("a", 0.80, 0.60), row("b", 0.77, 0.70), row("c", 0.60, 0.95)], "b", "at least 0.7600, within 5%"),
+        # Another has lost what the model knew.
+        ([row("a", 0.80, 0.60, 20), row("b", 0.79, 0.70, 20.5), row("c", 0.79, 0.8, 23)], "b", "at most 21.00"),
+        # None keeps both: text alignment counts.
+        ([row("a", 0.80, 0.60, 30), row("b", 0.79, 0.70, 31), row("c", 0.60, 0.9, 20)], "b", "None of them has a KID"),
+        ([row("a", 0.80, 0.70), row("b", 0.80, 0.70)], "a", "0.7000"),
+        ([row("a", None, 0.60), row("b", None, 0.70)], "b", "cannot see that a concept is learned by heart"),
+    ],
+)
+def test_the_best_checkpoint(rows: list[dict[str, object]], best: str, words: str) -> None:
+    verdict = choose(rows, margin=0.05)
+    assert verdict["best"] == best
+    assert verdict["sentence"].startswith(f"{best} is best: the highest image alignment")
+    assert words in verdict["sentence"]
+
+
+def test_every_checkpoint_is_evaluated(
+    trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    argv = argv_of(tmp_path / "run", images, tmp_path / "x", clip, "--checkpoints")
+    place = argv.index("--output_dir")
+    evaluate.main([*argv[:place], *argv[place + 2 :]])
+    out = tmp_path / "run" / "evaluation" / "checkpoints"
+    result = json.loads((out / "evaluation.json").read_text())
+    assert [one["checkpoint"] for one in result["checkpoints"]] == ["checkpoint-3", "checkpoint-6"], "6 is the result"
+    encoder = ClipEncoder("--clip", str(clip), "cpu")
+    targets = encoder.images(sorted(images.glob("*.png")))
+    for one in result["checkpoints"]:
+        made = sorted((out / one["checkpoint"] / "concept" / "samples").iterdir())
+        assert len(made) == 2
+        assert one["image alignment"] == pytest.approx(image_alignment(encoder.images(made), targets), abs=1e-6)
+        texts = encoder.texts(["photo of a cat", "a cat in the snow"])
+        assert one["text alignment"] == pytest.approx(text_alignment(encoder.images(made), texts), abs=1e-6)
+    sentence = choose(result["checkpoints"], 0.05)["sentence"]
+    assert result["verdict"]["sentence"] == sentence
+    assert sentence in capsys.readouterr().out and sentence in (out / "evaluation.md").read_text()
+    assert "checkpoint-6" in (out / "trade_off.svg").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert sentence in report and 'aria-label="trade-off"' in report
+
+
+def test_a_result_that_is_no_checkpoint_is_evaluated_too(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert list(find_checkpoints(tmp_path / "run")) == ["checkpoint-3", "checkpoint-6"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert list(find_checkpoints(tmp_path / "run")) == ["checkpoint-3", "result"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*--checkpointing_steps"):
+        find_checkpoints(tmp_path / "run")
+
+
+# --- what can go wrong ---------------------------------------------------------------------------
 
 
 def no_images(tmp: Path, **_: Path) -> list[str]:

@@ -146,7 +146,7 @@ def test_what_people_typed_shows_as_text(tmp_path: Path) -> None:
         "verdict": {"sentence": NASTY, "best": NASTY},
         "checkpoints": [{"checkpoint": NASTY, "text alignment": 0.5, "image alignment": 0.6}],
     }
-    text = render(tmp_path, log, evaluation)
+    text = render(tmp_path, log, [evaluation])
     assert "<script" not in text
     found = Page(text)
     assert "".join(found.words).count(NASTY) >= 8

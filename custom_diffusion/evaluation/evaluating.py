@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from custom_diffusion.concept.files import Concept, load_concept
+from custom_diffusion.concept.checkpoint_folders import list_checkpoints
+from custom_diffusion.concept.files import WEIGHTS_STEM, Concept, load_concept
 from custom_diffusion.concept.prompts import class_words
 from custom_diffusion.errors import UserError
-from custom_diffusion.evaluation.generating import SAMPLING, Studio, jobs_of
+from custom_diffusion.evaluation.choosing import IMAGE, KID, SPREAD, TEXT, choose
+from custom_diffusion.evaluation.generating import SAMPLING, Studio, digest_of_concept, jobs_of
 from custom_diffusion.evaluation.layouts import find_generated
 from custom_diffusion.evaluation.measuring import (
     FeatureCache,
@@ -25,13 +27,14 @@ from custom_diffusion.evaluation.measuring import (
 from custom_diffusion.evaluation.prompts import fill_in, own_prompts, phrases_of, read_prompts
 from custom_diffusion.evaluation.results import Evaluation, Measure
 
-FOLDER_NAME = "evaluation"
+FOLDER_NAME, CHECKPOINTS_NAME = "evaluation", "checkpoints"
 
 
 def default_output_dir(args: argparse.Namespace) -> str:
     """Where an evaluation goes if nothing is said: into the folder of the concept, where that is one."""
     if args.images_dir is None and Path(args.model_dir).is_dir():
-        return str(Path(args.model_dir, FOLDER_NAME))
+        own = Path(args.model_dir, FOLDER_NAME)
+        return str(own / CHECKPOINTS_NAME if args.checkpoints else own)
     return FOLDER_NAME
 
 
@@ -127,6 +130,71 @@ def measure_kid(
             control = studio.fill(base, jobs, None, f"{name!r} by the base model")
         measures += ruler.kid(name, images, real, control, args.kid_subset_size, args.kid_subsets)
     return measures
+
+
+def evaluate_checkpoints(args: argparse.Namespace) -> Evaluation:
+    """Measure every checkpoint of a run, and its result where that is none of them, and choose the best.
+
+    Raises:
+        UserError: where there is no checkpoint, and for whatever of the flags cannot be used.
+    """
+    concepts = find_checkpoints(Path(args.model_dir))
+    first = next(iter(concepts.values()))
+    subject = describe(args, first)
+    device = args.device or best_device()
+    studio, encoders = Studio(args, first, device), load_encoders(args, device)
+    ruler = Ruler(encoders, words_of(args.modifier_token) or subject.tokens, FeatureCache())
+    jobs = jobs_of(subject.prompts, args.num_images, args.seed)
+    args.no_controls = True  # the checkpoints are compared with each other
+    rows = []
+    for name, concept in concepts.items():
+        folder = Path(args.output_dir, name)
+        images = studio.fill(folder / "concept", jobs, concept, f"images of {name}")
+        measures = ruler.text(images) + ruler.image(images, subject.targets)
+        measures += measure_kid(args, studio, ruler, subject, concept, folder)
+        rows.append({"checkpoint": name, **row_of(measures, encoders.all()[0].name)})
+    facts = {"base model": studio.base_model.name, **describe_facts(args, ruler, subject.prompts, len(jobs))}
+    facts["compared by"] = encoders.all()[0].name
+    return Evaluation(args.model_dir, [], facts, rows, choose(rows, args.margin))
+
+
+def find_checkpoints(folder: Path) -> dict[str, Concept]:
+    """The concepts of a run's checkpoints by name, oldest first, and ``result`` where it is none of them.
+
+    Raises:
+        UserError: where there is no checkpoint.
+    """
+    concepts = {path.name: load_concept(path) for path in list_checkpoints(folder)}
+    if not concepts:
+        raise UserError(
+            f"there is no checkpoint in {str(folder)!r}: give the --output_dir of a training run, and train with a "
+            "--checkpointing_steps below its length"
+        )
+    if any(folder.glob(f"{WEIGHTS_STEM}.*")):
+        result = load_concept(folder)
+        if digest_of_concept(result) not in map(digest_of_concept, concepts.values()):
+            concepts["result"] = result
+    return concepts
+
+
+def row_of(measures: Sequence[Measure], encoder: str) -> dict[str, float]:
+    """What the checkpoints are compared by: means of an encoder's measures over classes and folders of real images.
+
+    The text alignment is that without the new word, which another embedding of the word does not change.
+    """
+
+    def mean(kind: str, name: str = "", attribute: str = "value") -> list[float]:
+        found = [one for one in measures if one.kind == kind and one.encoder == encoder and name in one.name]
+        values = [float(getattr(one, attribute)) for one in found]
+        return [sum(values) / len(values)] if values else []
+
+    columns = {
+        TEXT: mean("text", "without the new word"),
+        IMAGE: mean("image"),
+        KID: mean("kid"),
+        SPREAD: mean("kid", attribute="spread"),
+    }
+    return {name: value[0] for name, value in columns.items() if value}
 
 
 def evaluate_images(args: argparse.Namespace) -> Evaluation:

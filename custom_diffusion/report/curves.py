@@ -47,7 +47,7 @@ def can_draw() -> bool:
 
 
 def chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str, log: bool = False) -> str:
-    """An element with one chart, which a narrow screen scrolls.
+    """An SVG element with one chart.
 
     Args:
         name: of the chart, unlike those of the others in the page.
@@ -97,5 +97,4 @@ def _fit_for_page(svg: str, name: str) -> str:
     # matplotlib calls the parts of every chart alike.
     svg = re.sub(r'\bid="(?!' + re.escape(name) + ")", f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub("<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return f'<div class="scroll">{svg}</div>\n'
+    return re.sub("<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

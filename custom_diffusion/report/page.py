@@ -19,7 +19,7 @@ from custom_diffusion.report.thumbnails import Thumbnails, evenly
 
 REPORT_NAME = "report.html"
 LOG_NAME = "training_log.json"
-EVALUATION = Path("evaluation", "evaluation.json")
+EVALUATIONS = (Path("evaluation", "evaluation.json"), Path("evaluation", "checkpoints", "evaluation.json"))
 
 BUDGET = 2_000_000  # bytes of images; with curves and text the page stays below 3 MB
 MOST_INSTANCE_IMAGES = 12
@@ -57,7 +57,8 @@ def write_report(folder: Path) -> Path | None:
     log = _read(folder / LOG_NAME)
     if log is None:
         return None
-    write_bytes(folder / REPORT_NAME, render(folder, log, _read(folder / EVALUATION)).encode())
+    evaluations = [found for path in EVALUATIONS if (found := _read(folder / path)) is not None]
+    write_bytes(folder / REPORT_NAME, render(folder, log, evaluations).encode())
     return folder / REPORT_NAME
 
 
@@ -69,13 +70,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def render(folder: Path, log: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> str:
+def render(folder: Path, log: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page.
 
     Args:
         folder: where the validation images are.
         log: the content of ``training_log.json``, see :class:`history.History`.
-        evaluation: the content of ``evaluation.json``, where there was one.
+        evaluations: the contents of the ``evaluation.json`` of the result and of the checkpoints, as far as there are.
     """
     facts, thumbnails = log.get("facts", {}), Thumbnails(BUDGET)
     title = f"Custom Diffusion: {', '.join(facts.get('tokens', [])) or folder.resolve().name}"
@@ -84,7 +85,7 @@ def render(folder: Path, log: Mapping[str, Any], evaluation: Mapping[str, Any] |
         _section("Your images", _instance_images(facts, thumbnails)),
         _section("Losses", _losses(log)),
         _section("Validation images", _timelines(folder, log.get("images", []), thumbnails)),
-        _section("Evaluation", "" if evaluation is None else _evaluation(evaluation)),
+        _section("Evaluation", "".join(map(_evaluation, evaluations))),
         _section("Learning rate", _learning_rate(log.get("steps", []))),
         _section("Settings", _pairs({"base model": facts.get("base_model"), **facts.get("settings", {})})),
         _section("What to type next", "".join(f"<pre>{escape(line)}</pre>" for line in facts.get("next", []))),
@@ -132,6 +133,15 @@ def _instance_images(facts: Mapping[str, Any], thumbnails: Thumbnails) -> str:
 # --- curves --------------------------------------------------------------------------------------
 
 
+def _chart(*arguments: Any, **options: Any) -> str:
+    return _scrolling(chart(*arguments, **options))
+
+
+def _scrolling(content: str) -> str:
+    """What a narrow screen scrolls, so that it stays legible."""
+    return f'<div class="scroll">{content}</div>\n' if content else ""
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """The exponential running mean of values, without the bias of its start; what is not finite is left out of it."""
     mean, weight, result = 0.0, 0.0, []
@@ -164,14 +174,14 @@ def _losses(log: Mapping[str, Any]) -> str:
         x, y = _columns(rows, name)
         curves.append(Curve(f"{label} of every step", x, y, colour, 0.6, 0.25))
         curves.append(Curve(f"{label}, smoothed", x, smooth(y), colour))
-    content = chart("losses", curves, "step", "loss", log=prior)
+    content = _chart("losses", curves, "step", "loss", log=prior)
     for name, label, colour in (
         ("validation_loss", "validation loss", BLUE),
         ("validation_prior_loss", "loss of class images", ORANGE),
     ):
         x, y = _columns(validations, name)
         # A chart each: their sizes differ so much that the changes in one would not be seen.
-        content += chart(name.replace("_", "-"), [Curve(label, x, y, colour)], "step", label) if x else ""
+        content += _chart(name.replace("_", "-"), [Curve(label, x, y, colour)], "step", label) if x else ""
     return content + _validation_table(validations)
 
 
@@ -195,7 +205,7 @@ def _learning_rate(rows: Sequence[Mapping[str, float]]) -> str:
     if not rows or not can_draw():
         return ""
     x, y = _columns(rows, "lr")
-    return chart("learning-rate", [Curve("learning rate", x, y, GREEN)], "step", "learning rate")
+    return _chart("learning-rate", [Curve("learning rate", x, y, GREEN)], "step", "learning rate")
 
 
 # --- images and tables ---------------------------------------------------------------------------
@@ -234,7 +244,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     content = f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>' if lines else ""
     verdict = evaluation.get("verdict")
     if verdict:
-        content = f'<p class="best">{escape(verdict["sentence"])}</p>' + trade_off(evaluation) + content
+        content = f'<p class="best">{escape(verdict["sentence"])}</p>' + _scrolling(trade_off(evaluation)) + content
     return content
 
 
@@ -245,7 +255,7 @@ def _number(value: float | None, spread: float | None, digits: int) -> str:
 
 
 def trade_off(evaluation: Mapping[str, Any]) -> str:
-    """Image alignment against text alignment of the checkpoints, as a chart; nothing without both."""
+    """Image alignment against text alignment of the checkpoints, as an SVG element; nothing without both."""
     rows = [row for row in evaluation.get("checkpoints", []) if {"text alignment", "image alignment"} <= row.keys()]
     if not rows or not can_draw():
         return ""

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
 from custom_diffusion.command_line import CONFIG_NAME, save_config
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import Concept, load_concept
 from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
@@ -48,9 +49,7 @@ from custom_diffusion.training.checkpoints import (
     RESUME_ADVICE,
     STATE_NAME,
     check_is_within,
-    checkpoint_step,
     claim_output_dir,
-    list_checkpoints,
     remove_leftovers,
     way_on,
 )

@@ -19,18 +19,13 @@ from PIL import Image
 
 from custom_diffusion.command_line import DEFAULT_MODEL, one_or_several
 from custom_diffusion.concept.cards import model_card
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
 from custom_diffusion.files import write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
 from custom_diffusion.report.page import REPORT_NAME
-from custom_diffusion.training.checkpoints import (
-    STATE_NAME,
-    cannot_write,
-    checkpoint_step,
-    list_checkpoints,
-    put_checkpoint,
-)
+from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
 from custom_diffusion.training.history import keep_history, read_history
 from custom_diffusion.training.publishing import log_images, push_to_hub, upload_command
 from custom_diffusion.training.run import Run, load_vae, precision_name
