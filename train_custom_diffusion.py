@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from custom_diffusion.command_line import (
     DEFAULT_MODEL,
     HelpFormatter,
+    OneOrSeveral,
     end_quietly_on_interrupt,
     import_diffusers,
+    one_or_several,
     parse_with_config,
     positive_int,
     positive_number,
@@ -181,9 +183,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", **is_on, help="Replace another run that --output_dir holds; otherwise that is an error.")
     add("--resume_from_checkpoint",
         help="Checkpoint in --output_dir to continue from, such as 'checkpoint-250', or 'latest'.")
-    add("--validation_prompt", help="Prompt of images that show the progress, such as '<new1> cat in a bucket'.")
-    add("--num_validation_images", type=int, default=2, help="How many of them.")
-    add("--validation_steps", type=positive_int, default=50, help="Steps between them.")
+    add("--validation_prompt", action=OneOrSeveral,
+        help="Prompt of images that show the progress, such as '<new1> cat in a bucket'; may be given several times.")
+    add("--num_validation_images", type=int, default=2, help="How many images of each.")
+    add("--validation_steps", type=positive_int, default=50, help="Steps between validations.")
+    add("--validation_at_start", **is_on, help="Make these images before the first step too.")
+    add("--validation_data_dir",
+        help="Folder of other images of the concept: their loss, always with the same noise, falls while the concept "
+        "is learned and rises when the instance images are learned by heart.")
+    add("--validation_split", type=positive_int,
+        help="Rather hold out the last so many instance images of each concept, such as 1 of five.")
 
     add = parser.add_argument_group("output and logging").add_argument
     add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
@@ -236,8 +245,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lr_scheduler=polynomial ends at {LAST_POLYNOMIAL_RATE}: give a larger --learning_rate")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
-    if args.validation_prompt is not None and not args.validation_prompt.isprintable():
-        parser.error(f"--validation_prompt {args.validation_prompt!r} holds line breaks or characters that are no text")
+    for prompt in one_or_several(args.validation_prompt):
+        if not prompt.isprintable():
+            parser.error(f"--validation_prompt {prompt!r} holds line breaks or characters that are no text")
+    if args.validation_data_dir is not None and args.validation_split is not None:
+        parser.error("--validation_data_dir and --validation_split both say what to validate with: give one of them")
+    if args.validation_data_dir is not None and args.concepts_list is not None:
+        parser.error("--validation_data_dir holds images of one concept: give --validation_split with --concepts_list")
     if args.num_validation_images < 0 or args.lr_warmup_steps < 0 or args.dataloader_num_workers < 0:
         parser.error("--num_validation_images, --lr_warmup_steps and --dataloader_num_workers cannot be negative")
     if args.enable_xformers_memory_efficient_attention:
@@ -356,10 +370,11 @@ from custom_diffusion.training.run import (
     start,
     training_batches,
 )
-from custom_diffusion.training.saving import finish, save_checkpoint, validate
+from custom_diffusion.training.saving import begin, finish, save_checkpoint, validate
 from custom_diffusion.training.settings import describe_settings
 from custom_diffusion.training.signals import StopSignal, during
 from custom_diffusion.training.tokens import add_modifier_tokens, parse_modifier_tokens, train_new_words
+from custom_diffusion.training.validation import split_images
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -374,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args)
-    instance_images = find_instance_images(concepts)
+    instance_images, validation_images = split_images(args, concepts, find_instance_images(concepts))
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     configuration = read_model(args, given_flags(argv))
@@ -407,7 +422,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
     lr_scheduler = build_schedule(args, optimizer, steps.stop)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-
     run = Run(
         args=args,
         settings=settings,
@@ -425,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache_texts(run)
     resume(run, checkpoint)
     announce(run)
+    begin(run, validation_images)
     finish(run, train(run))
 
 

@@ -27,6 +27,26 @@ DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the
 _NOT_SAVED = ("config", "contact", "hub_token", "local_rank")
 
 
+class OneOrSeveral(argparse.Action):
+    """A flag that may be given several times: its value is then a list of texts, and else a text."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add one more."""
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else [*one_or_several(before), values])
+
+
+def one_or_several(value: str | Sequence[str] | None) -> list[str]:
+    """What :class:`OneOrSeveral` has made of its flag, as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names the defaults that say something: not None, False or nothing at all, but 0 is one."""
 
@@ -100,7 +120,8 @@ def _as_flags(parser: argparse.ArgumentParser, action: argparse.Action, value: A
         return [flag] if value else []
     if action.nargs in ("+", "*"):
         return [flag, *map(str, value if isinstance(value, list) else [value])]
-    if isinstance(action.default, list) and isinstance(value, list):  # action="append": the flag several times
+    # action="append" too: the flag several times
+    if isinstance(value, list) and (isinstance(action.default, list) or isinstance(action, OneOrSeveral)):
         return [f"{flag}={one}" for one in value]
     if isinstance(value, (list, dict)):
         parser.error(f"--config {str(path)!r}: {action.dest!r} takes one value, not {value!r}")

@@ -55,6 +55,7 @@ RUN_ELSEWHERE = {
     ("README.md", "make demo"): "they run everything",
     ("README.md", "python retrieve.py"): "test_retrieve.py, where a local server answers it",
     ("CONTRIBUTING.md", "make setup"): "every other target begins with it",
+    ("docs/evaluation.md", "evaluate.py"): "test_evaluate.py, with encoders of its own",
     ("docs/retrieval.md", "python retrieve.py --class_prompt cat\n"): "test_retrieve.py, with a local server",
     ("docs/retrieval.md", "--source dataset"): "test_retrieve.py, with a dataset on this machine",
     ("docs/retrieval.md", "python3.11 -m venv"): "make test-retrieval installs it",

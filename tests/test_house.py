@@ -15,16 +15,17 @@ import pytest
 
 from tests.conftest import ROOT, run_script
 
-COMMANDS = ("train_custom_diffusion", "infer", "retrieve", "merge", "export")
+COMMANDS = ("train_custom_diffusion", "infer", "evaluate", "retrieve", "merge", "export")
 PACKAGE = "custom_diffusion"
 # What may be imported from where, in the order of the house. `front` is the package's own __init__.
 GROUND = ("ground",)
 BELOW = {
     "ground": GROUND,
+    "report": (*GROUND, "report"),
     "models": (*GROUND, "models"),
     "concept": (*GROUND, "models", "concept"),
     "data": (*GROUND, "models", "concept", "data"),
-    "training": (*GROUND, "models", "concept", "data", "training"),
+    "training": (*GROUND, "report", "models", "concept", "data", "training"),
     "retrieval": (*GROUND, "data", "retrieval"),
     "evaluation": (*GROUND, "models", "concept", "data", "evaluation"),
     "front": (*GROUND, "concept"),
@@ -157,7 +158,7 @@ def test_retrieval_needs_no_heavy_library(module: str) -> None:
 # --- files and functions -------------------------------------------------------------------------
 
 
-def test_the_root_holds_the_five_commands_alone() -> None:
+def test_the_root_holds_the_six_commands_alone() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == {*COMMANDS}
 
 

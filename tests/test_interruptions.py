@@ -197,7 +197,8 @@ def test_the_upload(
     assert code == 130 if stop is ctrl_c else 143
     assert line == (
         f"interrupted during the upload; the files are safe in {str(tmp_path / 'out')!r}, upload them with: "
-        f"hf upload me/my-cat {tmp_path / 'out'} --include '*.*' --exclude '*/*' --exclude config.yaml"
+        f"hf upload me/my-cat {tmp_path / 'out'} --include '*.*' --exclude '*/*' --exclude config.yaml "
+        "--exclude training_log.json --exclude report.html"
     )
     assert (tmp_path / "out" / "pytorch_custom_diffusion_weights.safetensors").is_file()
 

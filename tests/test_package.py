@@ -18,7 +18,7 @@ import pytest
 import custom_diffusion
 from tests.conftest import ROOT, MakeOnce, run_script
 
-EXTRAS = {"wandb", "comet", "datasets", "8bit", "prodigy", "xformers", "tools", "dev"}
+EXTRAS = {"wandb", "comet", "datasets", "8bit", "prodigy", "xformers", "report", "evaluation", "tools", "dev"}
 
 
 def build(folder: Path) -> None:
@@ -59,7 +59,8 @@ def metadata(wheel: Path) -> Message:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "custom_diffusion").rglob("*.py")}
-    data = {"custom_diffusion/py.typed", "custom_diffusion/concept/regularization.txt"}
+    data = {"py.typed", "concept/regularization.txt", "evaluation/objects.txt", "evaluation/living_things.txt"}
+    data = {f"custom_diffusion/{name}" for name in data}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert held == modules | data

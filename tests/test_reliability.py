@@ -23,11 +23,12 @@ import torch
 
 import train_custom_diffusion
 from custom_diffusion.command_line import run
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.data.caching import read_posterior
 from custom_diffusion.errors import UserError
 from custom_diffusion.training import run as training_run
-from custom_diffusion.training.checkpoints import cannot_write, checkpoint_step, remove_checkpoint, remove_leftovers
+from custom_diffusion.training.checkpoints import cannot_write, remove_checkpoint, remove_leftovers
 from custom_diffusion.training.progress import check_loss
 from tests.conftest import ROOT, draw_images, flags, run_script
 

@@ -97,6 +97,8 @@ def test_the_output_folder(trained: Path) -> None:
         "validation",
         "logs",
         "training_settings.json",
+        "training_log.json",
+        "report.html",
     }
     for ending in ("bin", "safetensors"):
         assert (trained / f"<new1>.{ending}").stat().st_size < 4096, "a vector, not the table it was cut from"

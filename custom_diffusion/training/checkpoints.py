@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import WEIGHTS_STEM
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import remove_half_written
@@ -32,17 +33,6 @@ def remove_leftovers(output_dir: Path) -> None:
     for half in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(half)
     remove_half_written(output_dir)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step that a checkpoint was written after."""
-    return int(path.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:

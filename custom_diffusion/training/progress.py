@@ -46,7 +46,10 @@ def report_steps(run: Run, records: Sequence[StepRecord]) -> dict[str, str]:
         if run.args.with_prior_preservation:
             logs |= {"instance_loss": losses[1], "prior_loss": losses[2]}
         run.accelerator.log(logs, step=record.step)
+        run.history.steps.append({"step": record.step, **logs})
         shown = {"loss": f"{losses[0]:.4f}", "lr": f"{record.learning_rate:.1e}"}
+    if run.history.validations:
+        shown["validation"] = f"{run.history.validations[-1]['validation_loss']:.4f}"
     return shown
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from custom_diffusion.command_line import one_or_several
 from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
@@ -111,8 +112,9 @@ def check_prompts(
     names |= {concept.instance_prompt: f"the instance prompt {concept.instance_prompt!r}" for concept in concepts}
     for prompt, name in names.items():
         _check_nothing_is_lost(prompt, name, reader, words)
-    if args.validation_prompt is not None:
-        _check_nothing_is_lost(args.validation_prompt, f"--validation_prompt {args.validation_prompt!r}", reader)
+    validation_prompts = one_or_several(args.validation_prompt)
+    for prompt in validation_prompts:
+        _check_nothing_is_lost(prompt, f"--validation_prompt {prompt!r}", reader)
     check_cutmix(args, instance_images, tokenizers)
 
     class_texts = {text: f"the caption of {str(path)!r}" for path, text in reversed(class_images)}
@@ -120,7 +122,7 @@ def check_prompts(
         class_texts = {one.class_prompt: f"the class prompt {one.class_prompt!r}" for one in concepts}
     cut = [name for prompt, name in names.items() if reader.read(words + prompt).is_cut]
     cut += [name for text, name in class_texts.items() if reader.read(text).is_cut]
-    if args.validation_prompt is not None and reader.read(args.validation_prompt).is_cut:
+    if any(reader.read(prompt).is_cut for prompt in validation_prompts):
         cut.append("--validation_prompt")
     if cut:
         logger.warning(f"the text encoder reads {reader.room} tokens of a text, and cuts {_some(cut)}")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.errors import UserError
+from custom_diffusion.report.page import LOG_NAME, REPORT_NAME
 from custom_diffusion.text import first_line
 
 
@@ -64,7 +65,8 @@ def create_hub_repository(name: str, token: str | None) -> str:
 
 def upload_command(repository: str, folder: str) -> str:
     """The command that uploads a result by hand."""
-    return f"hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' --exclude {CONFIG_NAME}"
+    kept_here = " ".join(f"--exclude {name}" for name in (CONFIG_NAME, LOG_NAME, REPORT_NAME))
+    return f"hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' {kept_here}"
 
 
 def push_to_hub(repository: str, contents: Mapping[str, Path | bytes], folder: str, token: str | None) -> str:

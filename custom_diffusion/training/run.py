@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
 from custom_diffusion.command_line import CONFIG_NAME, save_config
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import Concept, load_concept
 from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
@@ -47,13 +48,12 @@ from custom_diffusion.training.checkpoints import (
     RESUME_ADVICE,
     STATE_NAME,
     check_is_within,
-    checkpoint_step,
     claim_output_dir,
-    list_checkpoints,
     remove_leftovers,
     way_on,
 )
 from custom_diffusion.training.environment import contradictions
+from custom_diffusion.training.history import History
 from custom_diffusion.training.lock import lock_folder
 from custom_diffusion.training.objective import CustomDiffusion
 from custom_diffusion.training.processes import PATIENCE, check_processes_agree
@@ -81,6 +81,8 @@ class Run:
         settings: all that decides what is learned, for comparison with another run.
         steps: the optimizer steps to take; those before ``steps.start`` are done already.
         model: the prepared module, maybe wrapped for several processes.
+        history: what the report will show.
+        validation: batches for the validation loss, see :func:`validation.prepare_validation`.
     """
 
     args: argparse.Namespace
@@ -95,6 +97,8 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
+    history: History = field(default_factory=History)
+    validation: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def module(self) -> CustomDiffusion:
@@ -217,7 +221,10 @@ def open_output_dir(
     claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite, args.max_train_steps)
     save_config(args, Path(args.output_dir, CONFIG_NAME))
     try:
-        accelerator.init_trackers("custom-diffusion", config={k: v for k, v in vars(args).items() if k != "hub_token"})
+        config = {name: value for name, value in vars(args).items() if name != "hub_token"}
+        if isinstance(args.validation_prompt, list):  # trackers take single values
+            config["validation_prompt"] = " | ".join(args.validation_prompt)
+        accelerator.init_trackers("custom-diffusion", config=config)
     except Exception as error:  # each tracker raises its own
         raise UserError(f"--report_to={args.report_to}: {first_line(error)}") from error
     for tracker in accelerator.trackers:

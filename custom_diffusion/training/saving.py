@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import shlex
 import shutil
@@ -10,22 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from custom_diffusion.command_line import DEFAULT_MODEL
+from custom_diffusion.command_line import DEFAULT_MODEL, one_or_several
 from custom_diffusion.concept.cards import model_card
+from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
 from custom_diffusion.files import write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
+from custom_diffusion.report.page import REPORT_NAME
 from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
+from custom_diffusion.training.history import keep_history, read_history
 from custom_diffusion.training.publishing import log_images, push_to_hub, upload_command
 from custom_diffusion.training.run import Run, load_vae, precision_name
 from custom_diffusion.training.settings import write_settings
 from custom_diffusion.training.signals import StopSignal, during
+from custom_diffusion.training.validation import best_step, measure_validation, prepare_validation, same_random_state
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -39,9 +45,61 @@ SHOWN_ON_CARD = (
 SHOWN_WHERE_CHANGED = {"rank": None, "rank_alpha": None, "optimizer": "adamw", "snr_gamma": None}
 
 
-@torch.no_grad()
+def begin(run: Run, validation_images: list[tuple[Path, str]]) -> None:
+    """Start the history of the run, prepare its validation loss, and show what the model knew where that is wanted.
+
+    Args:
+        validation_images: with their prompts; none for no validation loss.
+    """
+    args, folder = run.args, Path(run.args.output_dir)
+    run.history = read_history(folder, run.steps.start)
+    run.history.facts |= describe_run(run, validation_images)
+    run.validation = prepare_validation(run, validation_images)
+    if run.steps.start == 0:
+        with during("the validation before the first step", run.way_on):
+            if args.validation_at_start:
+                validate(run, 0, "validation")
+            else:
+                measure_validation(run, 0)
+
+
+def describe_run(run: Run, validation_images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
+    """What the report says of a run: its images, prompts and settings."""
+    args = run.args
+    tokens = run.module.modifier_tokens.tokens
+    return {
+        "base_model": args.pretrained_model_name_or_path,
+        "tokens": list(tokens),
+        "instance_images": [[str(path.resolve()), prompt] for path, prompt in run.dataset.instance_images],
+        "validation_images": [[str(path.resolve()), prompt] for path, prompt in validation_images],
+        "class_images": len(run.dataset.class_images),
+        "total_steps": run.steps.stop,
+        "settings": {name: getattr(args, name) for name in SHOWN_ON_CARD},
+        "next": [infer_command(run)],
+    }
+
+
 def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
-    """Images of ``--validation_prompt`` from the models in memory, written to the output folder and the trackers.
+    """Compute the validation loss, and draw images of the validation prompts; the report shows both at once.
+
+    Args:
+        phase: name of the images in the trackers, ``validation`` on the way and ``test`` at the end.
+
+    Returns:
+        The images, those of the first prompt first; none without a prompt or on processes other than the main one.
+    """
+    if not run.accelerator.is_main_process:
+        return []
+    measure_validation(run, step)
+    images = show_progress(run, step, phase)
+    if images or run.validation:
+        keep_history(run.history, Path(run.args.output_dir))
+    return images
+
+
+@torch.no_grad()
+def show_progress(run: Run, step: int, phase: str) -> list[Image.Image]:
+    """Images of the validation prompts from the models in memory, written to the output folder and the trackers.
 
     Args:
         phase: name of the images in the trackers, ``validation`` on the way and ``test`` at the end.
@@ -50,20 +108,28 @@ def validate(run: Run, step: int, phase: str) -> list[Image.Image]:
         The images; none without a prompt or on processes other than the main one.
     """
     args, accelerator = run.args, run.accelerator
-    if args.validation_prompt is None or args.num_validation_images == 0 or not accelerator.is_main_process:
+    prompts = one_or_several(args.validation_prompt)
+    if not prompts or args.num_validation_images == 0:
         return []
-    images = draw_images(run, step)
+    with same_random_state(accelerator):
+        images = draw_images(run, step)
     folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
-    for number, image in enumerate(images):
-        write_image(folder / f"step_{step:06d}_{number}.png", image, "PNG")
-    for tracker in accelerator.trackers:
-        log_images(tracker, images, args.validation_prompt, phase, step)
+    names = [f"step_{step:06d}_{number}.png" for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        write_image(folder / name, image, "PNG")
+    each = args.num_validation_images
+    for row, prompt in enumerate(prompts):
+        own = slice(row * each, (row + 1) * each)
+        files = [f"{folder.name}/{name}" for name in names[own]]
+        run.history.images.append({"step": step, "prompt": prompt, "files": files})
+        for tracker in accelerator.trackers:
+            log_images(tracker, images[own], prompt, phase if row == 0 else f"{phase}_{row + 1}", step)
     return images
 
 
 def draw_images(run: Run, step: int) -> list[Image.Image]:
-    """Images of ``--validation_prompt`` from the models in memory."""
+    """Images of the validation prompts from the models in memory, those of the first prompt first."""
     args, accelerator, module = run.args, run.accelerator, run.module
     module.eval()
     # Where the images are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
@@ -75,11 +141,12 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
     )
     pipeline.set_progress_bar_config(desc=f"Images at step {step}", leave=False)
     images = []
-    for number in range(args.num_validation_images):
+    jobs = itertools.product(one_or_several(args.validation_prompt), range(args.num_validation_images))
+    for prompt, number in jobs:
         # One at a time: validation should not need more memory than training.
         generator = torch.Generator().manual_seed(args.seed + number)
         latents = pipeline(
-            args.validation_prompt,
+            prompt,
             num_inference_steps=25,
             height=args.resolution,
             width=args.resolution,
@@ -107,7 +174,10 @@ def render_card(
         name: getattr(args, name) for name, default in SHOWN_WHERE_CHANGED.items() if getattr(args, name) != default
     }
     prompts = [entry.instance_prompt for entry in run.concepts]
-    return model_card(concept, prompts, settings, args.validation_prompt, images, ending=ending).encode()
+    sample_prompt = next(iter(one_or_several(args.validation_prompt)), None)
+    # A card has one prompt for its images: the first.
+    shown = images[: args.num_validation_images]
+    return model_card(concept, prompts, settings, sample_prompt, shown, ending=ending).encode()
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -137,6 +207,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         put_checkpoint(temporary, path, run.args.checkpoints_total_limit)
+        keep_history(run.history, output_dir, with_report=False)  # so that a resumed run has the losses before it
     logger.info(f"saved {path}")
 
 
@@ -198,7 +269,8 @@ def what_next(run: Run) -> str:
 def infer_command(run: Run) -> str:
     """The command that shows what was learned."""
     args = run.args
-    command = ["python", "infer.py", "--prompt", args.validation_prompt or run.concepts[0].instance_prompt]
+    prompt = next(iter(one_or_several(args.validation_prompt)), run.concepts[0].instance_prompt)
+    command = ["python", "infer.py", "--prompt", prompt]
     if args.output_dir != DEFAULT_MODEL:
         command += ["--model_dir", args.output_dir]
     return shlex.join(command)
@@ -229,7 +301,31 @@ def print_summary(run: Run, seconds_per_step: float, names: Sequence[str], addre
     precision = precision_name(args.mixed_precision)
     print(f"\n{run.steps.stop} steps in {precision}, {seconds_per_step:.2f} s each, at most {peak_memory()}.")
     print(f"In {args.output_dir}: {', '.join(names)}" + (f", and on {address}" if address else ""))
+    best = best_step(run, [checkpoint_step(path) for path in list_checkpoints(Path(args.output_dir))])
+    if best is not None:
+        print(f"{best}.")
+    print(f"Look at the run: {Path(args.output_dir, REPORT_NAME)}")
     print(f"See your concept:\n  {infer_command(run)}")
+
+
+def end_history(run: Run, seconds_per_step: float) -> None:
+    """Complete the report: time, memory, which step was best, and what to type next."""
+    args, folder = run.args, Path(run.args.output_dir)
+    best = best_step(run, [checkpoint_step(path) for path in list_checkpoints(folder)])
+    run.history.facts |= {
+        "seconds_per_step": seconds_per_step,
+        "memory": peak_memory(),
+        "precision": precision_name(args.mixed_precision),
+        "best": best,
+        "next": [infer_command(run), evaluate_command(run)],
+    }
+    keep_history(run.history, folder)
+
+
+def evaluate_command(run: Run) -> str:
+    """The command that measures what was learned."""
+    command = ["python", "evaluate.py", "--model_dir", run.args.output_dir, "--instance_data_dir"]
+    return shlex.join([*command, *(str(concept.instance_folder) for concept in run.concepts)])
 
 
 def finish(run: Run, seconds_per_step: float) -> None:
@@ -246,6 +342,7 @@ def finish(run: Run, seconds_per_step: float) -> None:
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             result = save_result(run)
+            end_history(run, seconds_per_step)
             address = publish(run, result) if run.args.push_to_hub else None
             print_summary(run, seconds_per_step, result.files, address)
         with during("the end of the run", lambda: safe):

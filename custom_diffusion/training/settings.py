@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "sample_batch_size", "prior_generation_precision", "class_image_scheduler", "class_image_steps", "local_rank",
     "set_grads_to_none", "concepts_list",
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
+    "validation_data_dir", "validation_split", "validation_at_start",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""How good a learned concept is: text alignment, image alignment and KID, as the paper measures them."""

@@ -1,0 +1,215 @@
+"""The images that are evaluated: made where they are missing, so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from custom_diffusion.concept.applying import apply_concepts
+from custom_diffusion.concept.files import Concept, find_base_model
+from custom_diffusion.errors import UserError
+from custom_diffusion.evaluation.layouts import GeneratedImage, metadata_of
+from custom_diffusion.files import remove_half_written, write_bytes
+from custom_diffusion.images import load_image, write_image
+from custom_diffusion.models.families import family_of, text_models_of
+from custom_diffusion.models.samplers import load_sampler
+from custom_diffusion.models.vocabulary import embedding_table
+from custom_diffusion.text import first_line
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Flags that decide what an image looks like; they stand in its metadata.
+SAMPLING = ("num_inference_steps", "guidance_scale", "eta", "scheduler")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to make: its prompt, and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+def jobs_of(prompts: Sequence[str], num_images: int, seed: int) -> list[Job]:
+    """``num_images`` of every prompt; image i starts from the noise of ``seed`` + i, as in infer.py."""
+    return [Job(prompt, seed + number) for prompt in prompts for number in range(num_images)]
+
+
+class Studio:
+    """Makes images with the base model, with or without a concept.
+
+    The base model is loaded when the first image is missing. A concept is applied to it and taken out again.
+
+    Args:
+        args: the flags of the base model, :data:`SAMPLING`, ``batch_size``, ``dtype``.
+        concept: whose base model is used.
+        device: such as ``cuda``.
+    """
+
+    def __init__(self, args: argparse.Namespace, concept: Concept, device: str) -> None:
+        self.args = args
+        self.device = device
+        self.base_model = find_base_model(
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            [concept],
+            args.tokenizer_name,
+            args.pretrained_vae_model_name_or_path,
+        )
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """The base model's pipeline on the device.
+
+        Raises:
+            UserError: where it cannot be loaded or put there.
+        """
+        dtype = TYPES[self.args.dtype or ("fp16" if self.device.startswith("cuda") else "fp32")]
+        # A black image in place of one that the safety checker dislikes would be scored like any other.
+        pipeline = self.base_model.pipeline(dtype, safety_checker=False, scheduler=None)
+        pipeline.scheduler = load_sampler(self.args.scheduler, self.base_model)
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            return pipeline.to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {self.device!r} cannot be used: {first_line(error)}") from error
+
+    def untrained(self, tokens: Sequence[str], initializers: Sequence[str]) -> Concept:
+        """The control: the tokens as training starts them, and the base model's own attention.
+
+        Args:
+            initializers: entries of the vocabulary, one for each token, the last for all that are left.
+
+        Raises:
+            UserError: for one that is no entry.
+        """
+        tokenizers, encoders = text_models_of(family_of(self.pipeline.components, "the base model"), self.pipeline)
+        vectors: dict[str, dict[str, Tensor]] = {token: {} for token in tokens}
+        for name, tokenizer in tokenizers.items():
+            vocabulary = tokenizer.get_vocab()
+            for number, token in enumerate(tokens):
+                word = initializers[min(number, len(initializers) - 1)]
+                row = vocabulary.get(word, vocabulary.get(f"{word}</w>"))
+                if row is None:
+                    raise UserError(f"--initializer_token {word!r} is no entry of the vocabulary: take a common word")
+                vectors[token][name] = embedding_table(encoders[name])[row].detach().clone()
+        return Concept({}, vectors, source="the untrained word")
+
+    def fill(self, folder: Path, jobs: Sequence[Job], concept: Concept | None, what: str) -> list[GeneratedImage]:
+        """Make the images that a folder lacks.
+
+        The folder has the layout of CustomConcept101, ``samples/`` and ``prompts.json``, and every image says in its
+        metadata how it was made.
+
+        Args:
+            concept: None for the base model itself.
+            what: the images are, for the progress bar and the metadata.
+
+        Returns:
+            All images, in the order of the jobs.
+
+        Raises:
+            UserError: where the folder holds images that were made otherwise, and as loading and applying do.
+        """
+        settings = {name: getattr(self.args, name) for name in SAMPLING}
+        settings |= {"base_model": self.base_model.name, "concept": digest_of_concept(concept)}
+        samples = folder / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        remove_half_written(samples)
+        paths = [samples / f"{number:05d}_{_slug(job.prompt)}_seed{job.seed}.png" for number, job in enumerate(jobs)]
+        _check_settings(samples, paths, settings)
+        missing = [number for number, path in enumerate(paths) if not path.is_file()]
+        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="image", desc=what) as progress:
+            if missing:
+                with self.showing(concept) as pipeline:
+                    for start in range(0, len(missing), self.args.batch_size):
+                        batch = missing[start : start + self.args.batch_size]
+                        self._draw(pipeline, [jobs[number] for number in batch], [paths[n] for n in batch], settings)
+                        progress.update(len(batch))
+        prompts = {path.stem: job.prompt for path, job in zip(paths, jobs, strict=True)}
+        write_bytes(folder / "prompts.json", json.dumps(prompts, indent=2, ensure_ascii=False).encode())
+        return [GeneratedImage(path, job.prompt) for path, job in zip(paths, jobs, strict=True)]
+
+    @contextmanager
+    def showing(self, concept: Concept | None) -> Iterator[DiffusionPipeline]:
+        """The pipeline with a concept in it, for a while."""
+        applied = None if concept is None else apply_concepts(self.pipeline, concept)
+        try:
+            yield self.pipeline
+        finally:
+            if applied is not None:
+                applied.remove()
+
+    def _draw(self, pipeline: Any, jobs: Sequence[Job], paths: Sequence[Path], settings: Mapping[str, object]) -> None:
+        images = pipeline(
+            [job.prompt for job in jobs],
+            num_inference_steps=self.args.num_inference_steps,
+            guidance_scale=self.args.guidance_scale,
+            eta=self.args.eta,
+            generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+        ).images
+        for job, path, image in zip(jobs, paths, images, strict=True):
+            _save(path, image, job, settings)
+
+
+def digest_of_concept(concept: Concept | None) -> str | None:
+    """16 digits that other weights would change; None for the base model."""
+    if concept is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(concept.tensors().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+
+
+def _save(path: Path, image: Image.Image, job: Job, settings: Mapping[str, object]) -> None:
+    """Write a PNG with the metadata that infer.py's have."""
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt("prompt", job.prompt)
+    metadata.add_text("seed", str(job.seed))
+    metadata.add_itxt("settings", json.dumps(settings))
+    write_image(path, image, "PNG", pnginfo=metadata)
+
+
+def _check_settings(folder: Path, wanted: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Make sure that the images of a folder are those of this evaluation.
+
+    Raises:
+        UserError: where one is of other settings or prompts; it is named.
+    """
+    advice = "give another --output_dir, or remove that folder"
+    for path in sorted(folder.glob("*.png")):
+        if path not in wanted:
+            raise UserError(f"{str(path)!r} is of an evaluation with other prompts or seeds: {advice}")
+        try:
+            load_image(path)
+            others = json.loads(metadata_of(path).get("settings", "{}"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{str(path)!r} is damaged: remove it") from error
+        different = [name for name in settings if others.get(name) != settings[name]]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{str(folder)!r} holds images made with {name} {others.get(name)!r} rather than {settings[name]!r}: "
+                f"{advice}"
+            )
