@@ -188,6 +188,14 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     Page(render(tmp_path, gone))
 
 
+def test_it_says_which_step_is_best(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    assert "lowest at step 20 so far: 0.5000." in render(tmp_path, log), "while the run goes on"
+    log["facts"]["best"] = "The validation loss was lowest at step 20: 0.5000, kept in out/checkpoint-20"
+    text = render(tmp_path, log)
+    assert "kept in out/checkpoint-20." in text and "so far" not in text
+
+
 def test_losses_that_are_not_finite_are_no_end(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log["steps"][3]["instance_loss"] = float("nan")

@@ -111,8 +111,19 @@ def _summary(log: Mapping[str, Any]) -> str:
         parts.append(f"{facts['precision']}, {facts['seconds_per_step']:.2f} s per step, at most {facts['memory']}.")
     images, classes = len(facts.get("instance_images", [])), facts.get("class_images", 0)
     parts.append(f"{images} instance images, {classes} class images.")
-    best = facts.get("best")
+    lowest = _lowest(log.get("validations", []))
+    best = facts.get("best") or (
+        f"The validation loss is lowest at step {int(lowest['step'])} so far: {lowest['validation_loss']:.4f}"
+        if lowest
+        else None
+    )
     return f"<p>{escape(' '.join(parts))}</p>" + (f'<p class="best">{escape(best)}.</p>' if best else "")
+
+
+def _lowest(validations: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    """The validation with the lowest loss after the first step."""
+    learned = [row for row in validations if row["step"] > 0]
+    return min(learned, key=lambda row: row["validation_loss"], default=None)
 
 
 def _instance_images(facts: Mapping[str, Any], thumbnails: Thumbnails) -> str:
@@ -188,8 +199,7 @@ def _losses(log: Mapping[str, Any]) -> str:
 def _validation_table(validations: Sequence[Mapping[str, float]]) -> str:
     if not validations:
         return ""
-    learned = [row for row in validations if row["step"] > 0]
-    best = min(learned, key=lambda row: row["validation_loss"], default=None)
+    best = _lowest(validations)
     lines = []
     for row in evenly(list(validations), 40):
         cells = [str(int(row["step"])), f"{row['validation_loss']:.4f}"]

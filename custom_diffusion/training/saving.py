@@ -53,7 +53,7 @@ def begin(run: Run, validation_images: list[tuple[Path, str]]) -> None:
     """
     args, folder = run.args, Path(run.args.output_dir)
     run.history = read_history(folder, run.steps.start)
-    run.history.facts |= describe_run(run, validation_images)
+    run.history.facts = describe_run(run, validation_images)
     run.validation = prepare_validation(run, validation_images)
     if run.steps.start == 0:
         with during("the validation before the first step", run.way_on):
