@@ -45,9 +45,10 @@ DELTA = ("docs/sharing.md", "--output_dir cat-delta")
 SMALL_MODEL = ("docs/small-model.md", "emoji-cat")
 RESUME = ("docs/training.md", "--resume_from_checkpoint")
 CONFIG = ("docs/training.md", "--config")
+XL = ("docs/sdxl.md", "accelerate launch")
 RUN_HERE = (
     *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, SHARE, TABLE, COMFY, DELTA),
-    *(SMALL_MODEL, RESUME, CONFIG),
+    *(SMALL_MODEL, RESUME, CONFIG, XL),
 )
 # Those that none runs, and what tries them instead.
 RUN_ELSEWHERE = {
@@ -306,6 +307,21 @@ def test_the_readmes_commands_that_go_on_from_there(home: Path, base_model: Path
     shutil.rmtree(home / "custom-diffusion-model")
     run_block(commands(*RESUME), home, base_model)
     assert tokens_of(home / "custom-diffusion-model") == ["<new1>"]
+
+
+@pytest.mark.long
+def test_the_commands_for_stable_diffusion_xl(home: Path, base_model_xl: Path) -> None:
+    block = commands(*XL)
+    for pattern, replacement in (
+        ("stabilityai/stable-diffusion-xl-base-1.0", str(base_model_xl)),
+        ("madebyollin/sdxl-vae-fp16-fix", str(base_model_xl / "vae")),
+        ("--mixed_precision=bf16", "--mixed_precision=bf16 --resolution=64"),
+    ):
+        assert pattern in block
+        block = block.replace(pattern, replacement)
+    run_block(block, home)
+    assert tokens_of(home / "xl-cat") == ["<new1>"]
+    assert len(list((home / "samples").glob("0*.png"))) == 1
 
 
 @pytest.mark.long
