@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -76,6 +77,19 @@ def test_two_processes_equal_one_with_the_double_batch(
     moved = (one - start).abs().max()
     assert moved > 1e-3, "there is something to compare"
     assert (one - two).abs().max() < 1e-3 * moved
+
+
+@pytest.mark.long
+def test_two_processes_measure_the_validation_loss_of_one(base_model: Path, images: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "alone"):
+        draw_images(folder / "class", 5)
+    more = {"validation_split": 1, "validation_steps": 2, "max_train_steps": 2, "train_batch_size": 1}
+    two_processes(*run_flags(base_model, images, tmp_path, **more))
+    measured = json.loads((tmp_path / "out" / "training_log.json").read_text())["validations"]
+    assert [row["step"] for row in measured] == [0, 2]
+    alone = prepare(run_flags(base_model, images, tmp_path / "alone", **more))
+    for name in ("validation_loss", "validation_prior_loss"):
+        assert measured[0][name] == pytest.approx(alone.history.validations[0][name], rel=1e-5)
 
 
 def test_every_generated_class_image_is_another(apart: tuple[Path, str]) -> None:

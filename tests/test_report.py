@@ -188,6 +188,31 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     Page(render(tmp_path, gone))
 
 
+CHECKPOINTS = [
+    {"checkpoint": "checkpoint-1", "text alignment": 0.8, "image alignment": 0.6, "KID x 1000": 20.0},
+    {"checkpoint": "checkpoint-2", "text alignment": 0.7, "image alignment": 0.7, "KID x 1000": 25.0},
+]
+
+
+@pytest.mark.parametrize("left_out", ["KID x 1000", "text alignment"])
+def test_checkpoints_are_shown_with_their_trade_off(left_out: str, tmp_path: Path) -> None:
+    rows = [{key: value for key, value in row.items() if key != left_out} for row in CHECKPOINTS]
+    verdict = {"best": "checkpoint-2", "sentence": "checkpoint-2 is best"}
+    text = render(tmp_path, log_of(tmp_path), [{"measures": [], "checkpoints": rows, "verdict": verdict}])
+    words = Page(text).words
+    assert "checkpoint-2 is best" in words
+    assert "0.6000" in words and words.count("checkpoint-1") == 2, "in the table and in the chart"
+    assert '<tr class="best"><td>checkpoint-2</td>' in text
+    (chart,) = (svg for name, svg in charts(text).items() if name == "trade-off")
+    shown = {str(element.text) for element in chart.iter(f"{SVG}text")}
+    assert {"text alignment", "KID x 1000"} - {left_out} <= shown and left_out not in shown
+
+
+def test_an_evaluation_of_another_program_is_left_out(tmp_path: Path) -> None:
+    for other in ({"measures": 3}, {"measures": [{"name": "x"}]}, {"verdict": "yes"}, {"verdict": {"sentence": 1}}):
+        assert "<h2>Evaluation</h2>" not in render(tmp_path, log_of(tmp_path), [other])
+
+
 def test_it_says_which_step_is_best(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     assert "lowest at step 20 so far: 0.5000." in render(tmp_path, log), "while the run goes on"

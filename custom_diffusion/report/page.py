@@ -85,7 +85,7 @@ def render(folder: Path, log: Mapping[str, Any], evaluations: Sequence[Mapping[s
         _section("Your images", _instance_images(facts, thumbnails)),
         _section("Losses", _losses(log)),
         _section("Validation images", _timelines(folder, log.get("images", []), thumbnails)),
-        _section("Evaluation", "".join(map(_evaluation, evaluations))),
+        _section("Evaluation", "".join(map(_evaluation_or_nothing, evaluations))),
         _section("Learning rate", _learning_rate(log.get("steps", []))),
         _section("Settings", _pairs({"base model": facts.get("base_model"), **facts.get("settings", {})})),
         _section("What to type next", "".join(f"<pre>{escape(line)}</pre>" for line in facts.get("next", []))),
@@ -240,6 +240,14 @@ def _timelines(folder: Path, rows: Sequence[Mapping[str, Any]], thumbnails: Thum
     return "".join(content)
 
 
+def _evaluation_or_nothing(evaluation: Mapping[str, Any]) -> str:
+    # The file may be another program's, or of another version; a run should not end for that.
+    try:
+        return _evaluation(evaluation)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ""
+
+
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
     """The measures beside their controls, and of an evaluation of checkpoints which is best."""
     lines = []
@@ -254,7 +262,8 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     content = f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>' if lines else ""
     verdict = evaluation.get("verdict")
     if verdict:
-        content = f'<p class="best">{escape(verdict["sentence"])}</p>' + _scrolling(trade_off(evaluation)) + content
+        sentence = f'<p class="best">{escape(verdict["sentence"])}</p>'
+        content = sentence + _scrolling(trade_off(evaluation)) + _checkpoints(evaluation) + content
     return content
 
 
@@ -265,22 +274,37 @@ def _number(value: float | None, spread: float | None, digits: int) -> str:
 
 
 def trade_off(evaluation: Mapping[str, Any]) -> str:
-    """Image alignment against text alignment of the checkpoints, as an SVG element; nothing without both."""
-    rows = [row for row in evaluation.get("checkpoints", []) if {"text alignment", "image alignment"} <= row.keys()]
-    if not rows or not can_draw():
+    """What the checkpoints pay for their image alignment, as an SVG element.
+
+    That is the text alignment or, where it was not measured, the KID; nothing without both.
+    """
+    rows = evaluation.get("checkpoints", [])
+    x_label = next((name for name in ("text alignment", "KID x 1000") if rows and name in rows[0]), None)
+    if x_label is None or not can_draw():
         return ""
-    rows = sorted(rows, key=lambda row: row["text alignment"])
     best = [row for row in rows if row["checkpoint"] == evaluation["verdict"]["best"]]
-    curves = [
-        _dots("checkpoints", rows, BLUE, [str(row["checkpoint"]) for row in rows]),
-        _dots("best", best, ORANGE, []),
-    ]
-    return chart("trade-off", curves, "text alignment", "image alignment")
+    notes = [str(row["checkpoint"]) for row in rows]
+    curves = [_dots("checkpoints", rows, x_label, BLUE, notes), _dots("best", best, x_label, ORANGE)]
+    return chart("trade-off", curves, x_label, "image alignment")
 
 
-def _dots(label: str, rows: Sequence[Mapping[str, Any]], colour: str, notes: Sequence[str]) -> Curve:
-    x, y = ([row[name] for row in rows] for name in ("text alignment", "image alignment"))
+def _dots(label: str, rows: Sequence[Mapping[str, Any]], x_label: str, colour: str, notes: Sequence[str] = ()) -> Curve:
+    x, y = ([row[name] for row in rows] for name in (x_label, "image alignment"))
     return Curve(label, x, y, colour, width=0, notes=notes)
+
+
+def _checkpoints(evaluation: Mapping[str, Any]) -> str:
+    """The numbers of all checkpoints as a table."""
+    rows = evaluation.get("checkpoints", [])
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    lines = []
+    for row in rows:
+        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
+        mark = ' class="best"' if row["checkpoint"] == evaluation["verdict"]["best"] else ""
+        lines.append(f"<tr{mark}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
