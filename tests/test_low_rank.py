@@ -30,6 +30,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.training.attention import LowRankAttnProcessor
 from tests.conftest import draw_images, flags, prepare, run_script
+from tests.hub_server import Hub
 from tests.test_concept import load, make_image
 from tests.test_distributed import two_processes
 from tests.test_model import batch
@@ -322,6 +323,21 @@ def test_infer_shows_it_and_its_checkpoints(cat: Path, tmp_path: Path) -> None:
         argv = ["--prompt", "<new1> cat", "--model_dir", source, "--num_inference_steps", "2", "--output_dir", tmp_path]
         infer.main([str(part) for part in argv])
     assert len(list(tmp_path.glob("0*.png"))) == 2
+
+
+def test_the_hub_gives_it(cat: Path, tmp_path: Path) -> None:
+    hub = Hub()
+    hub.files["someone/cat"] = {path.name: path.read_bytes() for path in cat.iterdir() if path.is_file()}
+    code = (
+        "from custom_diffusion import load_concept; "
+        f"print(load_concept('someone/cat').differences[{KEY!r}].up.sum().item())"
+    )
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    result = run_script("python", "-c", code, **environment)
+    hub.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == load_concept(cat).differences[KEY].up.sum().item()
+    assert not [line for line in hub.seen if ".bin" in line], "no pickle is fetched where safetensors are"
 
 
 def test_it_merges_as_whole_projections_do(cat: Path, base_model: Path, tmp_path: Path) -> None:
