@@ -121,7 +121,7 @@ from custom_diffusion.evaluation.evaluating import (
     evaluate_images,
 )
 from custom_diffusion.evaluation.results import TABLE_NAME, write_results
-from custom_diffusion.files import output_folder, write_bytes
+from custom_diffusion.files import write_bytes
 from custom_diffusion.report.page import trade_off, write_report
 
 
@@ -133,11 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         library.utils.logging.set_verbosity_error()
     is_shown = args.output_dir is None and args.images_dir is None
     args.output_dir = args.output_dir or default_output_dir(args)
-    folder = output_folder(args.output_dir)
     if args.images_dir is not None:
         evaluation = evaluate_images(args)
     else:
         evaluation = evaluate_checkpoints(args) if args.checkpoints else evaluate_concept(args)
+    folder = Path(args.output_dir)
     write_results(evaluation, folder)
     plot = trade_off(evaluation.as_json())
     if plot:

@@ -503,6 +503,7 @@ def test_one_line_for_whatever_is_wrong(
     with pytest.raises(UserError) as raised:
         evaluate.main([*argv_of(trained, images, tmp_path / "out", clip), *more])
     assert re.search(message, str(raised.value)), raised.value
+    assert mistake in (no_such_initializer, other_base_model) or not (tmp_path / "out").exists(), "nothing is left"
     assert "\n" not in str(raised.value)
 
 

@@ -108,6 +108,7 @@ def main() -> None:
     file = ROOT / "demo" / "index.png"
     write_image(file, index(columns), "PNG")
     print(f"\nIn {time.monotonic() - started:.0f} seconds. Look at {file}")
+    print(f"How the training went: {RESULTS / 'concepts' / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from custom_diffusion.evaluation.measuring import (
     Ruler,
     load_encoders,
     real_class_images,
+    real_images,
     words_of,
 )
 from custom_diffusion.evaluation.prompts import fill_in, own_prompts, phrases_of, read_prompts
 from custom_diffusion.evaluation.results import Evaluation, Measure
+from custom_diffusion.files import output_folder
 
 FOLDER_NAME, CHECKPOINTS_NAME = "evaluation", "checkpoints"
 
@@ -87,7 +89,10 @@ def describe(args: argparse.Namespace, concept: Concept) -> Subject:
     lines = own_prompts(args.prompts) if args.prompts_file is None else read_prompts(args.prompts_file, classes)
     real = [real_class_images(Path(folder), args.kid_subset_size) for folder in args.class_data_dir]
     prompts = [fill_in(line, phrases) for line in lines]
-    return Subject(tokens, prompts, classes, [Path(folder) for folder in args.instance_data_dir], real)
+    targets = [Path(folder) for folder in args.instance_data_dir]
+    for folder in targets:
+        real_images(folder)  # minutes of sampling should not come before the news that there are none
+    return Subject(tokens, prompts, classes, targets, real)
 
 
 def evaluate_concept(args: argparse.Namespace) -> Evaluation:
@@ -103,7 +108,7 @@ def evaluate_concept(args: argparse.Namespace) -> Evaluation:
     encoders = load_encoders(args, device)
     tokens = words_of(args.modifier_token) or subject.tokens
     ruler = Ruler(encoders, tokens, FeatureCache())
-    folder, jobs = Path(args.output_dir), jobs_of(subject.prompts, args.num_images, args.seed)
+    folder, jobs = output_folder(args.output_dir), jobs_of(subject.prompts, args.num_images, args.seed)
     images = studio.fill(folder / "concept", jobs, concept, "images of the concept")
     control = []
     if not args.no_controls and subject.tokens:
@@ -144,11 +149,11 @@ def evaluate_checkpoints(args: argparse.Namespace) -> Evaluation:
     device = args.device or best_device()
     studio, encoders = Studio(args, first, device), load_encoders(args, device)
     ruler = Ruler(encoders, words_of(args.modifier_token) or subject.tokens, FeatureCache())
-    jobs = jobs_of(subject.prompts, args.num_images, args.seed)
+    output, jobs = output_folder(args.output_dir), jobs_of(subject.prompts, args.num_images, args.seed)
     args.no_controls = True  # the checkpoints are compared with each other
     rows = []
     for name, concept in concepts.items():
-        folder = Path(args.output_dir, name)
+        folder = output / name
         images = studio.fill(folder / "concept", jobs, concept, f"images of {name}")
         measures = ruler.text(images) + ruler.image(images, subject.targets)
         measures += measure_kid(args, studio, ruler, subject, concept, folder)
@@ -207,6 +212,7 @@ def evaluate_images(args: argparse.Namespace) -> Evaluation:
     if not args.instance_data_dir and not all(image.targets for image in images):
         raise UserError("give the real images of the concept to compare with: --instance_data_dir data/cat")
     encoders = load_encoders(args, args.device or best_device())
+    output_folder(args.output_dir)
     ruler = Ruler(encoders, words_of(args.modifier_token) or None, FeatureCache())
     measures = ruler.text(images) + ruler.image(images, [Path(folder) for folder in args.instance_data_dir])
     prompts = sorted({image.prompt for image in images})

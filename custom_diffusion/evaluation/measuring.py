@@ -117,7 +117,7 @@ class Ruler:
     ) -> list[Measure]:
         """Image alignment by every encoder with every folder of real images, or with the images' own targets."""
         measures = []
-        real = {str(folder): _some_images(folder) for folder in targets}
+        real = {str(folder): real_images(folder) for folder in targets}
         for encoder in self.encoders.all():
             for name, paths in real.items():
                 wanted = self.cache.of(encoder, paths)
@@ -180,7 +180,12 @@ def _beside(measure: Measure, control: Sequence[float]) -> Measure:
     )
 
 
-def _some_images(folder: Path) -> list[Path]:
+def real_images(folder: Path) -> list[Path]:
+    """The real images of a concept.
+
+    Raises:
+        UserError: where there are none.
+    """
     paths = images_in(folder)
     if not paths:
         raise UserError(f"there is no image in {str(folder)!r} (--instance_data_dir)")
