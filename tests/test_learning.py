@@ -37,8 +37,8 @@ from benchmarks.learning import (
 from tests.conftest import launch
 from tools.base.score import reconstructed
 
-# Trainings of minutes: `make test-learning`.
-pytestmark = pytest.mark.learning
+# One training of minutes is for `make test-all`, and what takes more of them for `make test-learning`.
+pytestmark = pytest.mark.long
 learning = pytest.mark.learning
 SEED = 2026
 
