@@ -3,7 +3,7 @@
     python -m benchmarks.learning --seeds 11 12 13
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
     python -m benchmarks.learning --seeds 11 --apart
-    python -m benchmarks.learning --seeds 11 --pretrained_model_name_or_path=xl-twin --learning_rate=2e-4
+    python -m benchmarks.learning --seeds 11 --pretrained_model_name_or_path=xl-twin --learning_rate=3e-4
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
 saw, at fixed noise; which of all cat designs the images made by `<new1> cat` are nearest to; whether a background is

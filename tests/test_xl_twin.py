@@ -36,7 +36,7 @@ def figures(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, f
     """Of the cat of `examples/cat`, taught by the documented recipe."""
     folder = tmp_path_factory.mktemp("learned")
     retrieve("cat", folder / "class")
-    more = {"pretrained_model_name_or_path": twin, "learning_rate": 2e-4}
+    more = {"pretrained_model_name_or_path": twin, "learning_rate": 3e-4}
     launch(*recipe(output_dir=folder / "cat", class_data_dir=folder / "class", seed=SEED, **more))
     return measure(weigh(folder / "cat"), SEED)
 
