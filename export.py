@@ -12,6 +12,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    given_base_model,
     import_diffusers,
     parse_with_config,
     run,
@@ -101,14 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     originals: dict[str, Tensor] = {}
     base_model = None
     if args.format != "delta" or compressed or concept.differences:
-        base_model = find_base_model(
-            args.pretrained_model_name_or_path,
-            args.revision,
-            args.variant,
-            [concept],
-            args.tokenizer_name,
-            args.pretrained_vae_model_name_or_path,
-        )
+        base_model = find_base_model(concepts=[concept], **given_base_model(args))
     if base_model is not None and args.format != "pipeline":
         originals = original_projections(base_model, concept.projections())
         completed = complete(concept, originals)

@@ -11,6 +11,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    given_base_model,
     import_diffusers,
     parse_with_config,
     run,
@@ -113,14 +114,7 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     Raises:
         UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
-    base_model = find_base_model(
-        args.pretrained_model_name_or_path,
-        args.revision,
-        args.variant,
-        concepts,
-        args.tokenizer_name,
-        args.pretrained_vae_model_name_or_path,
-    )
+    base_model = find_base_model(concepts=concepts, **given_base_model(args))
     device = args.device or _best_device()
     dtype = _TYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
     # Without its own scheduler, whose class may need packages that nobody has.

@@ -14,6 +14,7 @@ from custom_diffusion.command_line import (
     HelpFormatter,
     add_base_model_flags,
     end_quietly_on_interrupt,
+    given_base_model,
     import_diffusers,
     parse_with_config,
     run,
@@ -90,14 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     concepts = [load_concept(source) for source in args.model_dir]
     parts = prepare_parts(concepts, args.class_words)
     captions = read_captions(Path(args.captions or CAPTIONS), args.num_captions)
-    base_model = find_base_model(
-        args.pretrained_model_name_or_path,
-        args.revision,
-        args.variant,
-        concepts,
-        args.tokenizer_name,
-        args.pretrained_vae_model_name_or_path,
-    )
+    base_model = find_base_model(concepts=concepts, **given_base_model(args))
     with new_folder(args.output_dir) as folder:
         merged, outcome = merge_into(folder, args, parts, captions, base_model)
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())

@@ -208,6 +208,17 @@ def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> Non
     )
 
 
+def given_base_model(args: argparse.Namespace) -> dict[str, str | None]:
+    """What the flags of :func:`add_base_model_flags` say, as :func:`concept.files.find_base_model` takes it."""
+    return {
+        "given": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "variant": args.variant,
+        "tokenizer": args.tokenizer_name,
+        "other_vae": args.pretrained_vae_model_name_or_path,
+    }
+
+
 def end_quietly_on_interrupt() -> None:
     """From here on, Ctrl-C outside of :func:`run` ends in one line: importing the libraries takes seconds."""
 

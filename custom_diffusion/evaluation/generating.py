@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from custom_diffusion.command_line import given_base_model
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, find_base_model
 from custom_diffusion.errors import UserError
@@ -63,14 +64,7 @@ class Studio:
     def __init__(self, args: argparse.Namespace, concept: Concept, device: str) -> None:
         self.args = args
         self.device = device
-        self.base_model = find_base_model(
-            args.pretrained_model_name_or_path,
-            args.revision,
-            args.variant,
-            [concept],
-            args.tokenizer_name,
-            args.pretrained_vae_model_name_or_path,
-        )
+        self.base_model = find_base_model(concepts=[concept], **given_base_model(args))
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
