@@ -1,4 +1,4 @@
-"""The images that are evaluated: made where they are missing, so that an interrupted evaluation goes on."""
+"""The images that are evaluated: made where they are missing, so that an interrupted evaluation continues."""
 
 from __future__ import annotations
 

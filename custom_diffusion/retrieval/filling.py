@@ -232,7 +232,7 @@ def _report(folder: ClassFolder, outcome: Outcome, args: argparse.Namespace) -> 
 
 
 def _advice(have: int, left_out: Counter[str], args: argparse.Namespace) -> str:
-    """What brings more images, or is content with these; each can be pasted behind the same command."""
+    """What finds more images, or is content with these; each can be pasted behind the same command."""
     advice = []
     if left_out["too small"]:
         advice.append(f"--min_size {max(1, args.min_size // 2)}")

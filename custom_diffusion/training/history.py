@@ -53,7 +53,7 @@ def read_history(folder: Path, last_step: int) -> History:
 
 
 def keep_history(history: History, folder: Path, with_report: bool = True) -> None:
-    """Write the log and the report, each whole; where that fails, the run goes on without them."""
+    """Write the log and the report, each whole; where that fails, the run continues without them."""
     try:
         write_bytes(folder / LOG_NAME, json.dumps(asdict(history)).encode())
         if with_report:

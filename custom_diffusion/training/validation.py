@@ -140,7 +140,7 @@ def measure_validation(run: Run, step: int) -> None:
     module, device = run.module, run.accelerator.device
     module.eval()
     module.text_encoders.to(device)
-    # Not the compiled UNet: another shape of batch would be compiled anew, for minutes.
+    # Not the compiled UNet: another shape of batch would be compiled again, for minutes.
     as_trained, module.unet_forward = module.unet_forward, module.unet.forward
     losses = []
     for kept in run.validation:
