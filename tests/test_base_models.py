@@ -303,6 +303,7 @@ def test_a_folder_with_a_single_file_is_named(
 
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+XL = {"first_stage_model.x": (1,), "conditioner.embedders.0.x": (1,), "conditioner.embedders.1.x": (1,)}
 WHOLE = {"first_stage_model.x": (1,), "cond_stage_model.transformer.x": (1,)}
 
 
@@ -316,10 +317,10 @@ WHOLE = {"first_stage_model.x": (1,), "cond_stage_model.transformer.x": (1,)}
         ({FIRST: (8, 4, 3, 3)}, "is not a whole model"),
         ({"first_stage_model.encoder.conv_in.weight": (1,)}, "is not a whole model"),
         ({"conv_in.weight": (8, 4, 3, 3)}, "is not a whole model"),
-        (
-            {FIRST: (8, 4, 3, 3), "conditioner.embedders.0.x": (1,), "conditioner.embedders.1.x": (1,)},
-            "Diffusion XL, not",
-        ),
+        (XL | {FIRST: (8, 4, 3, 3)}, "single-file checkpoint of Stable Diffusion XL; make a folder of it"),
+        (XL | {FIRST: (8, 4, 3, 3)}, "StableDiffusionXLPipeline.from_single_file("),
+        (XL | {FIRST: (8, 9, 3, 3)}, "a checkpoint that fills in parts of images (inpainting)"),
+        ({FIRST: (8, 4, 3, 3), "conditioner.embedders.0.x": (1,), "conditioner.embedders.1.x": (1,)}, "not a whole"),
         ({FIRST: (8, 4, 3, 3), "conditioner.embedders.0.x": (1,)}, "Stable Diffusion XL's refiner"),
         ({"double_blocks.0.img_attn.proj.weight": (1,)}, "is a Flux model"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is a Stable Diffusion 3 model"),
