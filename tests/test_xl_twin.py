@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,18 @@ def test_it_draws_what_the_base_model_draws(twin: Path) -> None:
     assert len(np.unique(one)) > 100
 
 
-@pytest.fixture(scope="module")
-def figures(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Of the cat of `examples/cat`, taught by the documented recipe."""
-    folder = tmp_path_factory.mktemp("learned")
+def teach(twin: Path, folder: Path) -> None:
+    """Teach the cat of `examples/cat` by the documented recipe, and write down what was learned."""
     retrieve("cat", folder / "class")
     more = {"pretrained_model_name_or_path": twin, "learning_rate": 3e-4}
     launch(*recipe(output_dir=folder / "cat", class_data_dir=folder / "class", seed=SEED, **more))
-    return measure(weigh(folder / "cat"), SEED)
+    (folder / "figures.json").write_text(json.dumps(measure(weigh(folder / "cat"), SEED)))
+
+
+@pytest.fixture(scope="session")
+def figures(twin: Path, make_once: MakeOnce) -> dict[str, float]:
+    folder = make_once("xl-twin-taught", partial(teach, twin))
+    return json.loads((folder / "figures.json").read_text())
 
 
 @pytest.mark.long
