@@ -281,9 +281,9 @@ def settle_optimizer(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     Args:
         given: the names of the flags that were given.
     """
-    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw", "adamw8bit"):
         parser.error(f"--use_8bit_adam means --optimizer=adamw8bit, not {args.optimizer}: leave one of them out")
-    args.optimizer = args.optimizer or ("adamw8bit" if args.use_8bit_adam else "adamw")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
     args.use_8bit_adam = args.optimizer == "adamw8bit"
     for name in MEANINGLESS.get(args.optimizer, ()):
         if getattr(args, name) != parser.get_default(name):

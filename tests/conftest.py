@@ -184,25 +184,27 @@ def prepare(argv: list[str]) -> Run:
     return prepared.pop()
 
 
-@pytest.fixture
-def train_here() -> Iterator[Callable[[list[str]], None]]:
-    """Train in this process: as a launch does, without the seconds that importing takes."""
+def forget_accelerate() -> None:
+    """Let the next run of this process choose its own precision."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def train_here() -> Iterator[Callable[[list[str]], None]]:
+    """Train in this process: as a launch does, without the seconds that importing takes."""
     import train_custom_diffusion
 
-    def forget() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        torch.set_grad_enabled(True)
-
     def run(argv: list[str]) -> None:
-        forget()
+        forget_accelerate()
         train_custom_diffusion.main(argv)
 
     yield run
-    forget()
+    forget_accelerate()
 
 
 def train_with_everything(base_model: Path, images: Path, folder: Path) -> None:

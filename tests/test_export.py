@@ -410,7 +410,7 @@ def test_the_authors_first_format_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"unet": {}, "modifier_token": {"<new1>": [torch.ones(3), torch.ones(4)]}}, "Stable Diffusion XL"),
+        ({"unet": {}, "modifier_token": {"<new1>": [torch.ones(3)] * 3}}, "has 3 vectors for '<new1>'"),
         ({"unet": {}, "modifier_token": {}, "text_encoder": {}}, "a whole text encoder"),
         ({"unet": {"conv_in.weight": torch.ones(2)}}, "'conv_in.weight' is no cross-attention projection"),
         ({"unet": {}, "modifier_token": {"../x": torch.ones(3)}}, "would be a path"),
