@@ -115,6 +115,16 @@ def test_the_largest_concept_may_be_downloaded() -> None:
     assert all_projections < files.MOST_DOWNLOADED_BYTES < 2 * all_projections
 
 
+def test_tensors_that_share_memory_are_written_apart(cat: Path, tmp_path: Path) -> None:
+    concept = load_concept(cat)
+    key, weight = next(iter(concept.attention.items()))
+    shared = {key: weight, key.replace("to_k", "to_q"): weight, key.replace("to_k", "to_v"): weight[:, :8]}
+    save_concept(Concept(shared, concept.tokens), tmp_path)
+    read = load_concept(tmp_path).attention
+    assert all(torch.equal(value, shared[name]) for name, value in read.items())
+    assert read.keys() == shared.keys()
+
+
 WRITES = """
 import resource, sys, torch
 from custom_diffusion.concept.files import Concept, save_concept
