@@ -49,6 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["base_model", "base_model_v"])
 def test_the_examples_way_gives_the_examples_images(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, calls: SimpleNamespace
@@ -89,6 +90,7 @@ def test_it_is_dpm_solver_as_infer_has_it(base_model: Path, tmp_path: Path, monk
     assert scheduler.config.algorithm_type == "dpmsolver++"
 
 
+@pytest.mark.long
 def test_images_of_either_kind_fill_a_folder_together(base_model: Path, tmp_path: Path) -> None:
     few = {"class_image_steps": 2}
     first = generate(base_model, tmp_path / "mixed", count=2, class_image_scheduler="default", **few)

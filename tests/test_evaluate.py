@@ -349,6 +349,7 @@ def test_images_of_another_evaluation_are_not_taken(
         evaluate.main([*argv, "--model_dir", str(tmp_path / "other")])
 
 
+@pytest.mark.long
 def test_the_control_is_the_base_model_with_an_untrained_word(
     trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path
 ) -> None:

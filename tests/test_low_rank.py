@@ -202,6 +202,7 @@ def test_two_processes_equal_one(base_model: Path, images: Path, tmp_path: Path,
         assert torch.allclose(value, two[name], atol=1e-4), name
 
 
+@pytest.mark.long
 def test_with_two_concepts_side_by_side(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
     draw_images(tmp_path / "pot", 2)
     entries = [
@@ -325,6 +326,7 @@ def test_infer_shows_it_and_its_checkpoints(cat: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("0*.png"))) == 2
 
 
+@pytest.mark.long
 def test_the_hub_gives_it(cat: Path, tmp_path: Path) -> None:
     hub = Hub()
     hub.files["someone/cat"] = {path.name: path.read_bytes() for path in cat.iterdir() if path.is_file()}

@@ -43,12 +43,14 @@ def test_a_resumed_run_ends_bit_equal(
     assert not torch.equal(learned(tmp_path / "whole"), learned(tmp_path / "whole" / "checkpoint-1")), "it learns"
 
 
+@pytest.mark.long
 def test_eight_bit_adam_has_two_names(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
     train_here(flags(base_model, images, tmp_path / "old", use_8bit_adam=True, learning_rate=1e-2))
     train_here(flags(base_model, images, tmp_path / "new", optimizer="adamw8bit", learning_rate=1e-2))
     assert torch.equal(learned(tmp_path / "old"), learned(tmp_path / "new"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("old", "new"), [({}, {}), ({"use_8bit_adam": True}, {"optimizer": "adamw8bit"})])
 def test_checkpoints_from_before_these_flags_resume(
     old: dict[str, object], new: dict[str, object], base_model: Path, images: Path, tmp_path: Path, train_here: Train
@@ -93,6 +95,7 @@ def test_prodigy_prints_nothing_of_its_own(
     assert "weight decay" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_min_snr_learns_something_else(base_model_v: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
     train_here(flags(base_model_v, images, tmp_path / "plain", learning_rate=1e-2))
     train_here(flags(base_model_v, images, tmp_path / "weighted", learning_rate=1e-2, snr_gamma=5))

@@ -136,6 +136,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.long
 def test_writing_takes_no_second_copy(tmp_path: Path) -> None:
     result = run_script(sys.executable, "-c", WRITES, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -175,6 +176,7 @@ def test_a_concept_comes_out_exactly(cat: Path, base_model_xl: Path) -> None:
     assert np.array_equal(make_image(pipeline), image)
 
 
+@pytest.mark.long
 def test_image_to_image(cat: Path, base_model_xl: Path) -> None:
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pipe(load(base_model_xl))
     apply_concepts(pipeline, load_concept(cat))
@@ -350,6 +352,7 @@ def test_the_authors_layout_both_ways(cat: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, concept.tensors()[name]) for name, value in back.tensors().items())
 
 
+@pytest.mark.long
 def test_the_authors_compressed_layout_both_ways(cat: Path, base_model_xl: Path, tmp_path: Path) -> None:
     run("--model_dir", cat, "--format=delta", "--energy=1", "--output_dir", tmp_path / "small")
     content = torch.load(tmp_path / "small" / "compressed_delta.bin", weights_only=True)

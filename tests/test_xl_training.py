@@ -292,6 +292,7 @@ def test_class_images_are_generated(base_model_xl: Path, images: Path, tmp_path:
     assert len(list((tmp_path / "class").glob("*.jpg"))) == 2
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_changes_nothing(
     base_model_xl: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
