@@ -194,6 +194,15 @@ def forget_accelerate() -> None:
     torch.set_grad_enabled(True)
 
 
+def train(argv: list[str]) -> None:
+    """Train in this process, whatever precision its last run had: for fixtures of modules."""
+    import train_custom_diffusion
+
+    forget_accelerate()
+    train_custom_diffusion.main(argv)
+    forget_accelerate()
+
+
 @pytest.fixture
 def train_here() -> Iterator[Callable[[list[str]], None]]:
     """Train in this process: as a launch does, without the seconds that importing takes."""

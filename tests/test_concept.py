@@ -29,7 +29,7 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_whole
-from tests.conftest import flags
+from tests.conftest import flags, train
 
 WEIGHTS = "pytorch_custom_diffusion_weights"
 PROMPT = "photo of a <new1> cat"
@@ -63,10 +63,8 @@ def word(token: str, vector: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def faces(base_model_v: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A concept with queries and outputs, of the other model."""
-    import train_custom_diffusion
-
     folder = tmp_path_factory.mktemp("faces")
-    train_custom_diffusion.main(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
+    train(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
     return folder
 
 

@@ -17,7 +17,6 @@ from transformers import CLIPTokenizer
 
 import export
 import infer
-import train_custom_diffusion
 from custom_diffusion.concept import formats
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.compression import Decomposition, decompose
@@ -26,14 +25,14 @@ from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
-from tests.conftest import flags
+from tests.conftest import flags, train
 from tests.test_concept import load, make_image
 
 
 @pytest.fixture(scope="module")
 def cat(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cat")
-    train_custom_diffusion.main(flags(base_model, images, folder, learning_rate=1e-2, max_train_steps=4))
+    train(flags(base_model, images, folder, learning_rate=1e-2, max_train_steps=4))
     return folder
 
 
@@ -41,7 +40,7 @@ def cat(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 def face(base_model_v: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Queries and outputs too, on the other model."""
     folder = tmp_path_factory.mktemp("face")
-    train_custom_diffusion.main(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
+    train(flags(base_model_v, images, folder, freeze_model="crossattn", learning_rate=1e-2))
     return folder
 
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 import export
 import infer
 import merge
-import train_custom_diffusion
 from custom_diffusion.concept import formats
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.exporting import trained_lora
@@ -29,7 +28,7 @@ from custom_diffusion.concept.projections import complete, original_projections
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.training.attention import LowRankAttnProcessor
-from tests.conftest import draw_images, flags, prepare, run_script
+from tests.conftest import draw_images, flags, prepare, run_script, train
 from tests.hub_server import Hub
 from tests.test_concept import load, make_image
 from tests.test_distributed import two_processes
@@ -47,7 +46,7 @@ def cat(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
     """Keys and values, with an alpha that is not the rank."""
     folder = tmp_path_factory.mktemp("cat")
     more = {"rank": 2, "rank_alpha": 3, "learning_rate": 1e-2, "max_train_steps": 4, "checkpointing_steps": 2}
-    train_custom_diffusion.main(flags(base_model, images, folder, **more))
+    train(flags(base_model, images, folder, **more))
     return folder
 
 
@@ -56,7 +55,7 @@ def face(base_model: Path, images: Path, tmp_path_factory: pytest.TempPathFactor
     """Queries and outputs too, in bf16."""
     folder = tmp_path_factory.mktemp("face")
     more = {"rank": 4, "freeze_model": "crossattn", "mixed_precision": "bf16", "learning_rate": 1e-2}
-    train_custom_diffusion.main(flags(base_model, images, folder, **more, gradient_checkpointing=True))
+    train(flags(base_model, images, folder, **more, gradient_checkpointing=True))
     return folder
 
 

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 
 import infer
 import merge
-import train_custom_diffusion
 from benchmarks.merge import main as measure_merging
 from custom_diffusion.concept.closed_form import NEARNESS, merge_weights, merging_directions, weigh_weights
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
@@ -20,15 +19,13 @@ from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.concept.text_features import CAPTIONS, TextModels, read_captions
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
-from tests.conftest import flags
+from tests.conftest import flags, train
 from tools import make_captions
 
 
 def learn(base_model: Path, images: Path, folder: Path, what: str, seed: int) -> Path:
     prompt = f"photo of a <new1> {what}"
-    train_custom_diffusion.main(
-        flags(base_model, images, folder, instance_prompt=prompt, learning_rate=1e-2, seed=seed, max_train_steps=6)
-    )
+    train(flags(base_model, images, folder, instance_prompt=prompt, learning_rate=1e-2, seed=seed, max_train_steps=6))
     return folder
 
 

@@ -18,14 +18,13 @@ from safetensors.torch import load_file, save_file
 import export
 import infer
 import merge
-import train_custom_diffusion
 from custom_diffusion.concept import files
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import StableDiffusionXL
-from tests.conftest import flags, run_script
+from tests.conftest import flags, run_script, train
 from tests.test_concept import make_image
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
@@ -34,7 +33,7 @@ WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 @pytest.fixture(scope="module")
 def cat(base_model_xl: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cat")
-    train_custom_diffusion.main(flags(base_model_xl, images, folder, learning_rate=1e-2, max_train_steps=4))
+    train(flags(base_model_xl, images, folder, learning_rate=1e-2, max_train_steps=4))
     return folder
 
 
@@ -42,7 +41,7 @@ def cat(base_model_xl: Path, images: Path, tmp_path_factory: pytest.TempPathFact
 def face(base_model_xl: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Queries and outputs too."""
     folder = tmp_path_factory.mktemp("face")
-    train_custom_diffusion.main(flags(base_model_xl, images, folder, freeze_model="crossattn", learning_rate=1e-2))
+    train(flags(base_model_xl, images, folder, freeze_model="crossattn", learning_rate=1e-2))
     return folder
 
 
@@ -248,7 +247,7 @@ def test_concepts_of_two_families_are_not_merged(cat: Path, trained: Path, tmp_p
 def dog(base_model_xl: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dog")
     more = {"instance_prompt": "photo of a <new1> dog", "learning_rate": 1e-2, "seed": 7}
-    train_custom_diffusion.main(flags(base_model_xl, images, folder, **more))
+    train(flags(base_model_xl, images, folder, **more))
     return folder
 
 
