@@ -283,7 +283,7 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"rank_alpha": 4}, ["--rank_alpha has no meaning without --rank"]),
         ({"snr_gamma": 0}, ["--snr_gamma", "0 is not above 0"]),
         ({"optimizer": "sgd"}, ["--optimizer", "sgd", "adafactor"]),
-        ({"use_8bit_adam": True, "optimizer": "adamw"}, ["--use_8bit_adam", "--optimizer=adamw8bit", "not adamw:"]),
+        ({"use_8bit_adam": True, "optimizer": "prodigy"}, ["--use_8bit_adam", "--optimizer=adamw8bit", "not prodigy:"]),
         ({"optimizer": "adafactor", "adam_beta2": 0.99}, ["--adam_beta2 has no meaning", "adafactor", "leave it out"]),
         ({"optimizer": "prodigy", "scale_lr": True}, ["--scale_lr has no meaning", "prodigy"]),
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, ["--learning_rate 0.0001", "prodigy", "--learning_rate=1"]),

@@ -414,6 +414,7 @@ def test_another_base_model_is_refused(cat: Path, base_model_v: Path, tmp_path: 
             "--output_dir", tmp_path / "x")  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_card_says_what_works(cat: Path, tmp_path: Path) -> None:
     text = (cat / "README.md").read_text()
     assert "| rank | 2 |" in text

@@ -30,6 +30,7 @@ def forget(path: Path, *names: str) -> None:
     path.write_text(json.dumps({name: value for name, value in settings.items() if name not in names}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_run_ends_bit_equal(
     name: str, base_model: Path, images: Path, tmp_path: Path, train_here: Train

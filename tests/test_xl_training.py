@@ -258,6 +258,7 @@ def test_words_of_two_tokens_are_refused_as_starts(
         train_here(flags(base_model_xl, images, tmp_path / "out", initializer_token="rare wombats"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
