@@ -84,7 +84,6 @@ if __name__ == "__main__":
     end_quietly_on_interrupt()
     import_diffusers()
 
-import json
 import re
 import sys
 
@@ -92,20 +91,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm.auto import tqdm
 
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, find_base_model, load_concept
-from custom_diffusion.errors import UserError
 from custom_diffusion.files import output_folder
-from custom_diffusion.images import contact_sheet, write_image
+from custom_diffusion.images import contact_sheet, write_generated, write_image
+from custom_diffusion.models.drawing import best_device, load_to_draw, put_on
 from custom_diffusion.models.families import family_of, text_models_of
-from custom_diffusion.models.samplers import load_sampler
 from custom_diffusion.models.vocabulary import cut_off, names_word
-from custom_diffusion.text import first_line
-
-_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from custom_diffusion.text import slug
 
 
 def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> DiffusionPipeline:
@@ -115,22 +111,10 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
         UserError: where no base model is known or it cannot be loaded, or a concept does not fit it.
     """
     base_model = find_base_model(concepts=concepts, **given_base_model(args))
-    device = args.device or _best_device()
-    dtype = _TYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
-    # Without its own scheduler, whose class may need packages that nobody has.
-    pipeline = base_model.pipeline(dtype, safety_checker=not args.no_safety_checker, scheduler=None)
-    pipeline.scheduler = load_sampler(args.scheduler, base_model)
+    device = args.device or best_device()
+    pipeline = load_to_draw(base_model, args.scheduler, args.dtype, device, not args.no_safety_checker)
     apply_concepts(pipeline, *concepts, scale=args.scale)
-    try:
-        return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device!r} cannot be used: {first_line(error)}") from error
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return put_on(pipeline, device)
 
 
 def warn_of_prompts(
@@ -200,7 +184,8 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
             )
             flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
             for offset, ((row, number), image) in enumerate(zip(batch, output.images, strict=True)):
-                name = f"{first + start + offset:05d}_{_slug(args.prompt[row])}_seed{args.seed + number}.png"
+                words = slug(args.prompt[row], otherwise="picture")
+                name = f"{first + start + offset:05d}_{words}_seed{args.seed + number}.png"
                 save_image(folder / name, image, args, args.prompt[row], args.seed + number)
                 paths[row].append(folder / name)
                 if flagged[offset]:
@@ -218,18 +203,10 @@ def _first_free_number(folder: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-
-
 def save_image(path: Path, image: Image.Image, args: argparse.Namespace, prompt: str, seed: int) -> None:
     """Write a PNG that says in its metadata how it was made: ``prompt``, ``seed`` and ``settings`` (JSON)."""
     names = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
-    metadata = PngImagePlugin.PngInfo()
-    metadata.add_itxt("prompt", prompt)
-    metadata.add_text("seed", str(seed))
-    metadata.add_itxt("settings", json.dumps({name: getattr(args, name) for name in names}))
-    write_image(path, image, "PNG", pnginfo=metadata)
+    write_generated(path, image, prompt, seed, {name: getattr(args, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

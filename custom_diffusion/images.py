@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from custom_diffusion.colours import to_srgb
 from custom_diffusion.files import write_whole
@@ -170,3 +171,14 @@ def write_image(path: str | os.PathLike, image: Image.Image, kind: str, **option
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def write_generated(
+    path: str | os.PathLike, image: Image.Image, prompt: str, seed: int, settings: Mapping[str, object]
+) -> None:
+    """Write a PNG that says in its metadata how it was made: ``prompt``, ``seed`` and ``settings`` (JSON)."""
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt("prompt", prompt)
+    metadata.add_text("seed", str(seed))
+    metadata.add_itxt("settings", json.dumps(dict(settings)))
+    write_image(path, image, "PNG", pnginfo=metadata)

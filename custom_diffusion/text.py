@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _JOINERS = "\u200c\u200d"
 
 
@@ -14,3 +16,12 @@ def one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line: the first that is not blank, or else the error's name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def slug(text: str, otherwise: str) -> str:
+    """A text as part of a file's name: its letters a to z and digits, at most 60 characters.
+
+    Args:
+        otherwise: what stands for a text that has none of them.
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or otherwise

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 import train_custom_diffusion
 from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.errors import UserError
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.environment import ACCUMULATION, DYNAMO, PRECISION
-from tests.conftest import draw_images, flags, prepare
+from tests.conftest import draw_images, flags, forget_accelerate, prepare
 from train_custom_diffusion import build_parser, parse_args
 
 Train = Callable[[list[str]], None]
@@ -153,8 +152,7 @@ def test_a_configuration_that_flags_contradict_is_named(
     monkeypatch.setenv(PRECISION, "bf16")
     monkeypatch.setenv(ACCUMULATION, "4")
     argv = flags(base_model, images, tmp_path / "out", mixed_precision="no", gradient_accumulation_steps=1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     run = prepare(argv)
     assert run.accelerator.gradient_accumulation_steps == 1
     assert run.accelerator.mixed_precision == "no"
@@ -164,12 +162,12 @@ def test_a_configuration_that_flags_contradict_is_named(
 
 
 def test_fp16_on_a_cpu_is_found_wherever_it_comes_from() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     args = parse()
     args.mixed_precision = "fp16"
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         training_run.build_accelerator(args)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
 
 
 # --- every choice of every flag -------------------------------------------------------------------
@@ -340,8 +338,7 @@ def test_a_warm_up_that_is_longer_than_the_run_warns(
     base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
     def warnings(**more: object) -> list[str]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
         caplog.clear()
         prepare(flags(base_model, images, tmp_path / "out", max_train_steps=3, **more))
         return re.findall("--lr_warmup_steps=.*", caplog.text)

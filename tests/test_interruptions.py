@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 import train_custom_diffusion
 from custom_diffusion.command_line import run as run_command
@@ -24,7 +23,7 @@ from custom_diffusion.training import processes, publishing, saving
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.lock import lock_folder, unlocks_folders
 from custom_diffusion.training.signals import Signalled, StopSignal, during
-from tests.conftest import flags
+from tests.conftest import flags, forget_accelerate
 
 Train = Callable[[list[str]], None]
 
@@ -445,8 +444,7 @@ def one_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.mark.usefixtures("one_of_several")
@@ -474,8 +472,7 @@ def test_what_no_step_needs_may_be_on_another_device(
 
 @pytest.mark.usefixtures("one_of_several")
 def test_processes_wait_for_a_long_validation() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     args = train_custom_diffusion.parse_args(flags(Path("model"), Path("images"), Path("out")))
     training_run.build_accelerator(args)
     group = torch.distributed.distributed_c10d._get_default_group()

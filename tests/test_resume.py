@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +20,7 @@ from custom_diffusion.training import processes
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.checkpoints import has_result
 from custom_diffusion.training.run import build_accelerator, build_schedule
-from tests.conftest import draw_images, flags
+from tests.conftest import draw_images, flags, forget_accelerate
 from train_custom_diffusion import SCHEDULES, parse_args
 
 Train = Callable[[list[str]], None]
@@ -53,8 +53,7 @@ def finished(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     draw_images(folder / "images", 3)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     from train_custom_diffusion import main
 
     main(command(base_model, folder))
@@ -80,14 +79,12 @@ def fresh_accelerate() -> Iterator[Callable[[int], None]]:
     """Makes the next accelerator believe in several processes."""
 
     def begin(num_processes: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
         PartialState(cpu=True)
         PartialState._shared_state["num_processes"] = num_processes
 
     yield begin
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 def rates(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from custom_diffusion.concept.checkpoint_folders import list_checkpoints
 from custom_diffusion.concept.files import WEIGHTS_STEM, Concept, load_concept
 from custom_diffusion.concept.prompts import class_words
@@ -28,6 +26,7 @@ from custom_diffusion.evaluation.measuring import (
 from custom_diffusion.evaluation.prompts import fill_in, own_prompts, phrases_of, read_prompts
 from custom_diffusion.evaluation.results import Evaluation, Measure
 from custom_diffusion.files import output_folder
+from custom_diffusion.models.drawing import best_device
 
 FOLDER_NAME, CHECKPOINTS_NAME = "evaluation", "checkpoints"
 
@@ -38,13 +37,6 @@ def default_output_dir(args: argparse.Namespace) -> str:
         own = Path(args.model_dir, FOLDER_NAME)
         return str(own / CHECKPOINTS_NAME if args.checkpoints else own)
     return FOLDER_NAME
-
-
-def best_device() -> str:
-    """The fastest device of this machine."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

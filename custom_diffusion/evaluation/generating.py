@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,13 +23,11 @@ from custom_diffusion.concept.files import Concept, find_base_model
 from custom_diffusion.errors import UserError
 from custom_diffusion.evaluation.layouts import GeneratedImage, metadata_of
 from custom_diffusion.files import remove_half_written, write_bytes
-from custom_diffusion.images import load_image, write_image
+from custom_diffusion.images import load_image, write_generated
+from custom_diffusion.models.drawing import load_to_draw, put_on
 from custom_diffusion.models.families import family_of, text_models_of
-from custom_diffusion.models.samplers import load_sampler
 from custom_diffusion.models.vocabulary import embedding_table
-from custom_diffusion.text import first_line
-
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from custom_diffusion.text import slug
 
 # Flags that decide what an image looks like; they stand in its metadata.
 SAMPLING = ("num_inference_steps", "guidance_scale", "eta", "scheduler")
@@ -73,15 +69,10 @@ class Studio:
         Raises:
             UserError: where it cannot be loaded or put there.
         """
-        dtype = TYPES[self.args.dtype or ("fp16" if self.device.startswith("cuda") else "fp32")]
         # A black image in place of one that the safety checker dislikes would be scored like any other.
-        pipeline = self.base_model.pipeline(dtype, safety_checker=False, scheduler=None)
-        pipeline.scheduler = load_sampler(self.args.scheduler, self.base_model)
+        pipeline = load_to_draw(self.base_model, self.args.scheduler, self.args.dtype, self.device)
         pipeline.set_progress_bar_config(disable=True)
-        try:
-            return pipeline.to(self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {self.device!r} cannot be used: {first_line(error)}") from error
+        return put_on(pipeline, self.device)
 
     def untrained(self, tokens: Sequence[str], initializers: Sequence[str]) -> Concept:
         """The control: the tokens as training starts them, and the base model's own attention.
@@ -125,7 +116,10 @@ class Studio:
         samples = folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         remove_half_written(samples)
-        paths = [samples / f"{number:05d}_{_slug(job.prompt)}_seed{job.seed}.png" for number, job in enumerate(jobs)]
+        paths = [
+            samples / f"{number:05d}_{slug(job.prompt, otherwise='image')}_seed{job.seed}.png"
+            for number, job in enumerate(jobs)
+        ]
         _check_settings(samples, paths, settings)
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="image", desc=what) as progress:
@@ -158,7 +152,7 @@ class Studio:
             generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
         ).images
         for job, path, image in zip(jobs, paths, images, strict=True):
-            _save(path, image, job, settings)
+            write_generated(path, image, job.prompt, job.seed, settings)
 
 
 def digest_of_concept(concept: Concept | None) -> str | None:
@@ -170,19 +164,6 @@ def digest_of_concept(concept: Concept | None) -> str | None:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-
-
-def _save(path: Path, image: Image.Image, job: Job, settings: Mapping[str, object]) -> None:
-    """Write a PNG with the metadata that infer.py's have."""
-    metadata = PngImagePlugin.PngInfo()
-    metadata.add_itxt("prompt", job.prompt)
-    metadata.add_text("seed", str(job.seed))
-    metadata.add_itxt("settings", json.dumps(settings))
-    write_image(path, image, "PNG", pnginfo=metadata)
 
 
 def _check_settings(folder: Path, wanted: Sequence[Path], settings: Mapping[str, object]) -> None:
