@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ settings.register_profile("many", max_examples=500)
 settings.load_profile("few")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: one worker gets the tests that share a module's fixtures, and the longest tests begin first."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -164,14 +165,33 @@ def flags(base_model: Path, images: Path, output_dir: Path, **more: object) -> l
     ]
 
 
+def forget_accelerate() -> None:
+    """Let the next run of this process choose its own precision and number of processes."""
+    if "accelerate" not in sys.modules:
+        return
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """No test inherits the state that another left, whichever ran before it on this worker."""
+    forget_accelerate()
+
+
 class Prepared(Exception):
     """Ends a run before its first step."""
 
 
 def prepare(argv: list[str]) -> Run:
-    """All that a training run does before its first step, in this process."""
+    """All that a training run does before its first step, in this process, whatever precision its last run had."""
     import train_custom_diffusion
 
+    forget_accelerate()
     prepared: list[Run] = []
 
     def stop(run: Run) -> float:
@@ -184,36 +204,18 @@ def prepare(argv: list[str]) -> Run:
     return prepared.pop()
 
 
-def forget_accelerate() -> None:
-    """Let the next run of this process choose its own precision."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_grad_enabled(True)
-
-
 def train(argv: list[str]) -> None:
-    """Train in this process, whatever precision its last run had: for fixtures of modules."""
+    """Train in this process, whatever precision its last run had."""
     import train_custom_diffusion
 
     forget_accelerate()
     train_custom_diffusion.main(argv)
-    forget_accelerate()
 
 
 @pytest.fixture
-def train_here() -> Iterator[Callable[[list[str]], None]]:
+def train_here() -> Callable[[list[str]], None]:
     """Train in this process: as a launch does, without the seconds that importing takes."""
-    import train_custom_diffusion
-
-    def run(argv: list[str]) -> None:
-        forget_accelerate()
-        train_custom_diffusion.main(argv)
-
-    yield run
-    forget_accelerate()
+    return train
 
 
 def train_with_everything(base_model: Path, images: Path, folder: Path) -> None:

@@ -197,7 +197,7 @@ def unwritable_output(tmp: Path, **_: Path) -> dict[str, object]:
 RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
 
 
-@pytest.mark.usefixtures("never_loads", "train_here")
+@pytest.mark.usefixtures("never_loads")
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

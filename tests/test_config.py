@@ -53,7 +53,6 @@ def test_what_is_saved_is_what_was_used_without_secrets(tmp_path: Path) -> None:
     assert different == {"hub_token", "config"}
 
 
-@pytest.mark.usefixtures("train_here")
 def test_a_training_run_is_repeated_by_its_file(base_model: Path, images: Path, tmp_path: Path) -> None:
     train_custom_diffusion.main(flags(base_model, images, tmp_path / "one", learning_rate=1e-2, seed=9))
     argv = ["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")]

@@ -15,7 +15,7 @@ from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.errors import UserError
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.environment import ACCUMULATION, DYNAMO, PRECISION
-from tests.conftest import draw_images, flags, forget_accelerate, prepare
+from tests.conftest import draw_images, flags, prepare
 from train_custom_diffusion import build_parser, parse_args
 
 Train = Callable[[list[str]], None]
@@ -152,7 +152,6 @@ def test_a_configuration_that_flags_contradict_is_named(
     monkeypatch.setenv(PRECISION, "bf16")
     monkeypatch.setenv(ACCUMULATION, "4")
     argv = flags(base_model, images, tmp_path / "out", mixed_precision="no", gradient_accumulation_steps=1)
-    forget_accelerate()
     run = prepare(argv)
     assert run.accelerator.gradient_accumulation_steps == 1
     assert run.accelerator.mixed_precision == "no"
@@ -162,12 +161,10 @@ def test_a_configuration_that_flags_contradict_is_named(
 
 
 def test_fp16_on_a_cpu_is_found_wherever_it_comes_from() -> None:
-    forget_accelerate()
     args = parse()
     args.mixed_precision = "fp16"
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         training_run.build_accelerator(args)
-    forget_accelerate()
 
 
 # --- every choice of every flag -------------------------------------------------------------------
@@ -338,7 +335,6 @@ def test_a_warm_up_that_is_longer_than_the_run_warns(
     base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
     def warnings(**more: object) -> list[str]:
-        forget_accelerate()
         caplog.clear()
         prepare(flags(base_model, images, tmp_path / "out", max_train_steps=3, **more))
         return re.findall("--lr_warmup_steps=.*", caplog.text)

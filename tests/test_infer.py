@@ -235,7 +235,6 @@ def test_a_run_is_repeated_by_the_file_beside_it(trained: Path, tmp_path: Path) 
 # --- what training was told ----------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("train_here")
 def test_what_training_was_told_is_not_forgotten(
     base_model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +276,6 @@ def test_what_training_was_told_is_not_forgotten(
         assert len(named) == 2 and all((folder / name).is_file() for name in named)
 
 
-@pytest.mark.usefixtures("train_here")
 def test_the_card_of_a_run_that_writes_only_bin_files(base_model: Path, images: Path, tmp_path: Path) -> None:
     train_custom_diffusion.main(flags(base_model, images, tmp_path, no_safe_serialization=True))
     named = re.findall(r'weight_name="(.+?)"', (tmp_path / "README.md").read_text())

@@ -23,7 +23,7 @@ from custom_diffusion.training import processes, publishing, saving
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.lock import lock_folder, unlocks_folders
 from custom_diffusion.training.signals import Signalled, StopSignal, during
-from tests.conftest import flags, forget_accelerate
+from tests.conftest import flags
 
 Train = Callable[[list[str]], None]
 
@@ -444,7 +444,6 @@ def one_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    forget_accelerate()
 
 
 @pytest.mark.usefixtures("one_of_several")
@@ -472,7 +471,6 @@ def test_what_no_step_needs_may_be_on_another_device(
 
 @pytest.mark.usefixtures("one_of_several")
 def test_processes_wait_for_a_long_validation() -> None:
-    forget_accelerate()
     args = train_custom_diffusion.parse_args(flags(Path("model"), Path("images"), Path("out")))
     training_run.build_accelerator(args)
     group = torch.distributed.distributed_c10d._get_default_group()

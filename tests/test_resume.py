@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from custom_diffusion.training import processes
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.checkpoints import has_result
 from custom_diffusion.training.run import build_accelerator, build_schedule
-from tests.conftest import draw_images, flags, forget_accelerate
+from tests.conftest import draw_images, flags, forget_accelerate, train
 from train_custom_diffusion import SCHEDULES, parse_args
 
 Train = Callable[[list[str]], None]
@@ -53,10 +53,7 @@ def finished(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     draw_images(folder / "images", 3)
-    forget_accelerate()
-    from train_custom_diffusion import main
-
-    main(command(base_model, folder))
+    train(command(base_model, folder))
     return folder
 
 
@@ -75,7 +72,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fresh_accelerate() -> Iterator[Callable[[int], None]]:
+def several_processes() -> Callable[[int], None]:
     """Makes the next accelerator believe in several processes."""
 
     def begin(num_processes: int) -> None:
@@ -83,8 +80,7 @@ def fresh_accelerate() -> Iterator[Callable[[int], None]]:
         PartialState(cpu=True)
         PartialState._shared_state["num_processes"] = num_processes
 
-    yield begin
-    forget_accelerate()
+    return begin
 
 
 def rates(
@@ -121,17 +117,17 @@ def rates(
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_rates_of_any_number_of_processes_are_those_of_one(
-    name: str, tmp_path: Path, fresh_accelerate: Callable[[int], None]
+    name: str, tmp_path: Path, several_processes: Callable[[int], None]
 ) -> None:
-    whole = rates(fresh_accelerate, name, 1, range(12), tmp_path / "whole")
-    assert rates(fresh_accelerate, name, 2, range(12), tmp_path / "two") == whole
+    whole = rates(several_processes, name, 1, range(12), tmp_path / "whole")
+    assert rates(several_processes, name, 2, range(12), tmp_path / "two") == whole
     if name != "constant":
         assert len(set(whole)) > 3
     for first, then in ((2, 1), (1, 2), (3, 2)):
         for old_style in (False, True):
             out = tmp_path / f"{first}-{then}-{old_style}"
-            taken = rates(fresh_accelerate, name, first, range(5), out, old_style)
-            taken += rates(fresh_accelerate, name, then, range(5, 12), out)
+            taken = rates(several_processes, name, first, range(5), out, old_style)
+            taken += rates(several_processes, name, then, range(5, 12), out)
             assert taken == whole, (first, then, old_style)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,12 @@ from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.families import StableDiffusionXL
 from custom_diffusion.training.run import Run, training_batches
-from tests.conftest import draw_images, flags, forget_accelerate, prepare
+from tests.conftest import draw_images, flags, prepare
 from tests.test_base_models import edit
 from tests.test_distributed import two_processes
 
 Train = Callable[[list[str]], None]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    forget_accelerate()
-    yield
-    forget_accelerate()
 
 
 @pytest.fixture
