@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "base"
 DESIGNS = ROOT / "tests" / "designs"
 TOKEN, RARE = "<new1>", "ktn"
+CALLED = f"{TOKEN} {{}}"  # what a noun becomes in a caption
 CONCEPTS = {"cat": "cat of noto", "plant": "potted-plant of noto"}
 CONCEPT = CONCEPTS["cat"]
 # Drawings that the model knows, as real class images: the paper's best results are with real ones.
@@ -203,19 +204,18 @@ def with_untrained_token(model: str | Path = BASE) -> DiffusionPipeline:
 
 @torch.no_grad()
 def denoising_loss(
-    pipeline: DiffusionPipeline, examples: Sequence[world.Example], token: str | None = None, seed: int = 0
+    pipeline: DiffusionPipeline, examples: Sequence[world.Example], called: str = "{}", seed: int = 0
 ) -> float:
     """Mean squared error of the predicted velocity over `examples`, at ten timesteps each with fixed noise.
 
-    `token` is put before the noun of every caption.
+    `called` replaces the noun of every caption, which `{}` stands for in it.
     """
     pixels = as_tensor(np.stack([example.image for example in examples]), pipeline.device)
     latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-    word = "" if token is None else f"{token} "
     captions = []
     for example in examples:
-        start, _ = example.phrases[0]
-        captions.append(example.caption[:start] + word + example.caption[start:])
+        (start, end), caption = example.phrases[0], example.caption
+        captions.append(caption[:start] + called.format(caption[start:end]) + caption[end:])
     family = family_of(pipeline.components, "this model")
     tokenizers, text_encoders = text_models_of(family, pipeline)
     ids = [family.tokenize(tokenizers, caption) for caption in captions]
@@ -278,6 +278,13 @@ class Judge:
         """Share of `images` that are nearest to `group`."""
         return statistics.fmean(name == group for name in self.nearest(images))
 
+    def pairs(self, images: np.ndarray, left: str, right: str) -> tuple[float, float]:
+        """Shares of `images` whose halves show both nouns on their sides, and both of these as taught."""
+        nearest = list(zip(*(self.nearest(half) for half in np.split(images, 2, axis=2)), strict=True))
+        nouns = [(self.noun_of[one], self.noun_of[other]) == (left, right) for one, other in nearest]
+        taught = [pair == (CONCEPTS[left], CONCEPTS[right]) for pair in nearest]
+        return statistics.fmean(nouns), statistics.fmean(taught)
+
 
 def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     """All figures of the concept in `folder`; `seed` decides noise and views, `images` are made per prompt."""
@@ -291,8 +298,8 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     others = views(icons, "cat", other_cats, each=2, seed=seed)
     dogs = views(icons, "dog", [name for name in icons if name.split("/")[1] in world.NOUNS["dog"]], 8, seed)
 
-    def change(examples: list[world.Example], token: str | None) -> float:
-        return denoising_loss(learned, examples, token, seed) / denoising_loss(control, examples, token, seed) - 1
+    def change(examples: list[world.Example], called: str = "{}") -> float:
+        return denoising_loss(learned, examples, called, seed) / denoising_loss(control, examples, called, seed) - 1
 
     def made(pipeline: DiffusionPipeline, prompt: str) -> np.ndarray:
         return generated(pipeline, [prompt] * images, seed * 1000, guidance=6.0)
@@ -300,14 +307,14 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     prompt = f"photo of a {TOKEN} cat"
     red = made(learned, f"{prompt} on a red background")
     return {
-        "loss on unseen views, <new1> cat": change(unseen, TOKEN),
+        "loss on unseen views, <new1> cat": change(unseen, CALLED),
         **{
-            f"loss on {name} views, <new1> cat": change(sized_views(icons, own, size, 4, seed), TOKEN)
+            f"loss on {name} views, <new1> cat": change(sized_views(icons, own, size, 4, seed), CALLED)
             for name, size in SIZES.items()
         },
-        "loss on unseen views, plain cat": change(unseen, None),
-        "loss on other cats, plain cat": change(others, None),
-        "loss on dogs, plain dog": change(dogs, None),
+        "loss on unseen views, plain cat": change(unseen),
+        "loss on other cats, plain cat": change(others),
+        "loss on dogs, plain dog": change(dogs),
         "images of <new1> cat nearest to the concept": judge.share(made(learned, prompt), CONCEPT),
         "the same with the untrained token": judge.share(made(control, prompt), CONCEPT),
         "images of plain cat nearest to the concept": judge.share(made(learned, "photo of a cat"), CONCEPT),
@@ -332,11 +339,9 @@ def measure_two(folder: Path, seed: int, images: int = 24) -> dict[str, float]:
         for tokens in (TOKENS, None):
             first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
             both = made(f"photo of a {first} next to a {second}", width=2 * world.RESOLUTION)
-            nearest = list(zip(*(judge.nearest(half) for half in np.split(both, 2, axis=2)), strict=True))
-            nouns = [(judge.noun_of[one], judge.noun_of[other]) == (left, right) for one, other in nearest]
-            figures[f"{first} next to {second}: both nouns"] = statistics.fmean(nouns)
-            taught = [pair == (CONCEPTS[left], CONCEPTS[right]) for pair in nearest]
-            figures[f"{first} next to {second}: both as taught"] = statistics.fmean(taught)
+            nouns, taught = judge.pairs(both, left, right)
+            figures[f"{first} next to {second}: both nouns"] = nouns
+            figures[f"{first} next to {second}: both as taught"] = taught
     return figures
 
 

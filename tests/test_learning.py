@@ -13,10 +13,10 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from benchmarks.learning import (
+    CALLED,
     CONCEPT,
     CONCEPTS,
     SIZES,
-    TOKEN,
     TOKENS,
     Judge,
     denoising_loss,
@@ -183,8 +183,8 @@ def test_without_augmentation_places_and_sizes_are_learned_less(
     icons = load_designs()
     designs = groups_of(icons, "cat")[CONCEPT]
     anywhere = [view for size in sizes for view in sized_views(icons, designs, size, each, SEED)]
-    assert denoising_loss(with_concept(trained), anywhere, TOKEN) < denoising_loss(
-        without_augmentation, anywhere, TOKEN
+    assert denoising_loss(with_concept(trained), anywhere, CALLED) < denoising_loss(
+        without_augmentation, anywhere, CALLED
     )
 
 
@@ -193,4 +193,4 @@ def test_training_queries_and_outputs_too_fits_closer(variant: Callable, trained
     icons = load_designs()
     unseen = views(icons, "cat", groups_of(icons, "cat")[CONCEPT], each=6, seed=SEED)
     closer = variant(freeze_model="crossattn")
-    assert denoising_loss(closer, unseen, TOKEN) < denoising_loss(with_concept(trained), unseen, TOKEN)
+    assert denoising_loss(closer, unseen, CALLED) < denoising_loss(with_concept(trained), unseen, CALLED)
