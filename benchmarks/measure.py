@@ -69,6 +69,15 @@ class StepClock:
         return [self.ends[0] + self.events[0].elapsed_time(event) / 1000 for event in self.events]
 
 
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process; on Linux without that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     """Run the script of the command line, and write the measurements when it ends, well or not."""
     result, *arguments = sys.argv[1:]
@@ -85,7 +94,7 @@ def main() -> None:
         measured = {
             "step_ends": clock.step_ends(),
             "flops": None if clock.counter is None else clock.counter.get_total_flops(),
-            "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "resident_bytes": peak_resident_bytes(),
             "device_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         }
         Path(result).write_text(json.dumps(measured))

@@ -6,8 +6,8 @@
 teaches noto's cat and plant to the model in `base/`, which has never seen them, with diffusers' own scripts for Textual
 Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours; and measures the results alike. Every
 method gets the same images, batch, class images and number of tries: three learning rates, then the best of them with
-half of the steps, on a seed that is not measured. Steps are the documentation's ratio: Textual Inversion takes several
-times as many as the others. Figures are means over the other seeds, with the least and the most; `neighbours.md` in
+twice the steps, on a seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets
+twice as many in each. Figures are means over the other seeds, with the least and the most; `neighbours.md` in
 `--work` has them and `neighbours.png` images of the first. What is in `--work` already is not made again.
 
 Images are judged by MobileNetV2, so that nothing is downloaded: alignment and KID are `evaluate.py`'s formulas, with
@@ -61,9 +61,9 @@ from tools.base.score import background_of, generated
 
 EXAMPLES = {noun: ROOT / "examples" / noun for noun in TOKENS}
 RARE = {"cat": "ktn", "plant": "pll"}  # the words that DreamBooth uses, which the base model has not seen either
-STEPS = 1000
+STEPS = 500
 BATCH = 4
-GUIDANCE = 6.0
+GUIDANCE, SAMPLING_STEPS = 6.0, 25
 COLOURS = ("red", "pink")
 MOST_DRIFT = 0.05  # of the loss on what was not taught; a try that loses more is not chosen
 CHOOSING_SEED = 11
@@ -77,8 +77,8 @@ class Method:
         title: for the table.
         called: what stands for a noun in a prompt, by noun.
         rates: the learning rates to try.
-        steps: of training; half of them are tried, too.
-        command: program and flags, of a noun, folder for the result, folder of class images, learning rate, steps, seed.
+        steps: of training to try the rates with; twice as many are tried, too.
+        command: program and flags, of noun, folder for the result, folder of class images, rate, steps, and seed.
         load: the pipeline, of the folders of one or more nouns by noun.
         several: whether what was learned apart can be loaded together.
     """
@@ -217,7 +217,7 @@ def methods(examples: Path) -> dict[str, Method]:
             "Textual Inversion",
             TOKENS,
             (5e-4, 2e-3, 5e-3),
-            3 * STEPS,
+            2 * STEPS,
             textual_inversion(examples / "textual_inversion" / "textual_inversion.py"),
             load_inverted,
         ),
@@ -238,7 +238,7 @@ def methods(examples: Path) -> dict[str, Method]:
             dreambooth(examples / "dreambooth" / "train_dreambooth_lora.py"),
             load_lora,
         ),
-        "custom_diffusion": Method(
+        "ours": Method(
             "Custom Diffusion, ours",
             {noun: f"{token} {noun}" for noun, token in TOKENS.items()},
             (2e-4, 5e-4, 1e-3),
@@ -256,15 +256,17 @@ def train(command: Sequence[str], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.monotonic()
-    with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    measured = folder.with_suffix(".measured.json")
+    measuring = [sys.executable, str(ROOT / "benchmarks" / "measure.py"), str(measured), *command]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(measuring, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(f"error: the training ended with {status}, see {folder / 'log.txt'}")
     cost = {
         "seconds": time.monotonic() - started,
         "processor seconds": used.ru_utime + used.ru_stime,
-        "peak bytes": used.ru_maxrss * 1024,
+        "peak bytes": json.loads(measured.read_text())["resident_bytes"],
     }
     write_bytes(folder / "cost.json", json.dumps(cost).encode())
 
@@ -303,15 +305,27 @@ def files_in(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(load_image(path).resize(side)) for path in sorted(folder.iterdir())])
 
 
-def drift(learned: DiffusionPipeline, noun: str, seed: int) -> float:
-    """How much the loss on what was not taught grew: the noun's other designs, and another noun's, without the word."""
-    _, icons, base = referee()
+def not_taught(noun: str, seed: int) -> tuple[list[world.Example], list[world.Example]]:
+    """Views of the noun's other designs, and of dogs."""
+    _, icons, _ = referee()
     groups = groups_of(icons, noun)
     groups.pop(CONCEPTS[noun])
-    others = views(icons, noun, [name for names in groups.values() for name in names], each=2, seed=seed)
-    dogs = views(icons, "dog", [name for name in icons if name.split("/")[1] in world.NOUNS["dog"]], 4, seed)
-    losses = [(denoising_loss(model, examples, seed=seed)) for examples in (others, dogs) for model in (learned, base)]
-    return statistics.fmean([losses[0] / losses[1], losses[2] / losses[3]]) - 1
+    others = [name for names in groups.values() for name in names]
+    dogs = [name for name in icons if name.split("/")[1] in world.NOUNS["dog"]]
+    return views(icons, noun, others, 1, seed), views(icons, "dog", dogs, 4, seed)
+
+
+@cache
+def known_losses(noun: str, seed: int) -> list[float]:
+    """The base model's losses on what is not taught."""
+    return [denoising_loss(referee()[2], examples, seed=seed) for examples in not_taught(noun, seed)]
+
+
+def drift(learned: DiffusionPipeline, noun: str, seed: int) -> float:
+    """How much the loss on what was not taught grew: the noun's other designs, and another noun's, without the word."""
+    others, dogs = not_taught(noun, seed)
+    after = [denoising_loss(learned, examples, seed=seed) for examples in (others, dogs)]
+    return statistics.fmean(one / before for one, before in zip(after, known_losses(noun, seed), strict=True)) - 1
 
 
 def measure(
@@ -325,7 +339,7 @@ def measure(
     unseen = views(icons, noun, own, each=48 // len(own), seed=seed)
 
     def made(prompt: str, count: int = images) -> np.ndarray:
-        found = generated(learned, [prompt] * count, seed * 1000, guidance=GUIDANCE)
+        found = generated(learned, [prompt] * count, seed * 1000, SAMPLING_STEPS, GUIDANCE)
         for number, image in enumerate(found[:2] if save is not None else ()):
             name = "_".join(prompt.replace(called, "it").split())
             save.mkdir(parents=True, exist_ok=True)
@@ -342,7 +356,7 @@ def measure(
     real = image_features(encoder, files_in(class_images / noun / "images"))
     before = image_features(encoder, base_images(noun, 2 * images, seed))
     subset = min(50, images)
-    own_loss = denoising_loss(learned, unseen, called if "{}" in called else called.replace(noun, "{}"), seed)
+    own_loss = denoising_loss(learned, unseen, called.replace(noun, "{}"), seed)
     return {
         "as taught": judge.share(plain, CONCEPTS[noun]),
         "background followed": float(np.mean(followed)),
@@ -358,7 +372,7 @@ def measure(
 @cache
 def base_images(noun: str, count: int, seed: int) -> np.ndarray:
     """What the base model makes of the class prompt."""
-    return generated(referee()[2], [f"photo of a {noun}"] * count, seed * 1000, guidance=GUIDANCE)
+    return generated(referee()[2], [f"photo of a {noun}"] * count, seed * 1000, SAMPLING_STEPS, GUIDANCE)
 
 
 def measure_together(pipeline: DiffusionPipeline, called: dict[str, str], seed: int, images: int) -> float:
@@ -367,7 +381,7 @@ def measure_together(pipeline: DiffusionPipeline, called: dict[str, str], seed: 
     for left, right in (("cat", "plant"), ("plant", "cat")):
         prompt = f"photo of a {called[left]} next to a {called[right]}"
         width = 2 * world.RESOLUTION
-        made = generated(pipeline, [prompt] * images, seed, guidance=GUIDANCE, width=width)
+        made = generated(pipeline, [prompt] * images, seed, SAMPLING_STEPS, GUIDANCE, width)
         shares.append(judge_of(*TOKENS).pairs(made, left, right)[1])
     return statistics.fmean(shares)
 
@@ -429,8 +443,8 @@ class Contest:
 
         tries = {(rate, method.steps): tried(rate, method.steps) for rate in method.rates}
         best, _ = max(tries, key=tries.__getitem__)
-        shorter = (best, method.steps // 2)
-        tries[shorter] = tried(*shorter)
+        longer = (best, 2 * method.steps)
+        tries[longer] = tried(*longer)
         return max(tries, key=tries.__getitem__)
 
     def both(self, name: str, method: Method, rate: float, steps: int, seed: int) -> dict[str, float]:
@@ -442,7 +456,7 @@ class Contest:
             here / f"apart-{self.images}.json",
             lambda: {"learned apart": measure_together(method.load(folders), method.called, seed, self.images)},
         )
-        if name == "custom_diffusion":
+        if name == "ours":
             command = recipe_for_two(here, self.work / "class", output_dir=here / "result", seed=seed)
             if self.divide > 1:
                 command += ["--max_train_steps=2"]
@@ -472,12 +486,12 @@ COLUMNS: dict[str, tuple[Callable[[float], str], bool | None]] = {
     "peak bytes": (lambda value: f"{value / 2**30:.2f} GiB", False),
     "bytes on disk": (lambda value: f"{value / 1e6:.2f} MB", False),
 }
-# What the methods are for; a method is on the Pareto front if none is at least as good in all of these, and better in one.
+# What the methods are for. A method is on the Pareto front if no other is as good in all of these and better in one.
 MERITS = ("as taught", "as taught, on the background", "loss on what was not taught", "learned apart")
 
 
 def is_dominated(name: str, means: dict[str, dict[str, float]]) -> bool:
-    """Whether another method is at least as good by all of `MERITS`, and better by one; what is missing is the worst."""
+    """Whether another method is as good by all of `MERITS`, and better by one; what is missing is the worst."""
 
     def merits(figures: dict[str, float]) -> list[float]:
         signs = [1 if COLUMNS[merit][1] else -1 for merit in MERITS]
@@ -531,10 +545,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--diffusers", type=Path, required=True, help="A clone of diffusers, for its scripts.")
     parser.add_argument("--work", type=Path, required=True, help="Folder that keeps everything between runs.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2026, 41, 42], help="One training per concept each.")
-    parser.add_argument("--images", type=int, default=32, help="Images per prompt.")
-    parser.add_argument(
-        "--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora, custom_diffusion."
-    )
+    parser.add_argument("--images", type=int, default=24, help="Images per prompt.")
+    parser.add_argument("--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora or ours.")
     parser.add_argument("--short", action="store_true", help="A few steps of everything, to see whether it runs.")
     args = parser.parse_args(argv)
     known = methods(args.diffusers / "examples")
