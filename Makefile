@@ -63,6 +63,7 @@ audit: setup
 
 # Teaches two concepts to the small model in base/ and shows them in demo/index.png: no download, no GPU.
 demo: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[report]"
 	$(BIN)/python -m tools.demo
 
 # Trains the model in base/ again, from the drawings on; hours on two cores. ARGS=--short runs a few steps of each stage.

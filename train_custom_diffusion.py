@@ -251,7 +251,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.validation_data_dir is not None and args.validation_split is not None:
         parser.error("--validation_data_dir and --validation_split both say what to validate with: give one of them")
     if args.validation_data_dir is not None and args.concepts_list is not None:
-        parser.error("--validation_data_dir holds images of one concept: give --validation_split with --concepts_list")
+        parser.error(
+            "--validation_data_dir is for one concept: give each of --concepts_list its validation_data_dir there"
+        )
     if args.num_validation_images < 0 or args.lr_warmup_steps < 0 or args.dataloader_num_workers < 0:
         parser.error("--num_validation_images, --lr_warmup_steps and --dataloader_num_workers cannot be negative")
     if args.enable_xformers_memory_efficient_attention:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
+from custom_diffusion.data.images import find_instance_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.training import saving
 from custom_diffusion.training.history import History, read_history
@@ -168,7 +169,7 @@ def test_the_last_images_of_each_concept_are_held_out(tmp_path: Path) -> None:
     folders = [draw_images(tmp_path / name, 3) for name in ("cat", "pot")]
     concepts = [ConceptEntry(instance_prompt=folder.name, instance_folder=folder) for folder in folders]
     pairs = [(path, folder.name) for folder in folders for path in sorted(folder.iterdir())]
-    args = SimpleNamespace(validation_data_dir=None, validation_split=1)
+    args = SimpleNamespace(concepts_list="list.json", validation_split=1)
     training, held_out = split_images(args, concepts, pairs)
     assert [(path.parent.name, path.name, prompt) for path, prompt in held_out] == [
         ("cat", "2.png", "cat"),
@@ -178,9 +179,45 @@ def test_the_last_images_of_each_concept_are_held_out(tmp_path: Path) -> None:
     args.validation_split = 3
     with pytest.raises(UserError, match="would leave none of the 3 images"):
         split_images(args, concepts, pairs)
-    args.validation_split, args.validation_data_dir = None, str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no folder .*--validation_data_dir"):
-        split_images(args, concepts, pairs)
+
+
+def concepts_of(folder: Path, *entries: dict[str, str], **more: object) -> list[ConceptEntry]:
+    (folder / "list.json").write_text(json.dumps(entries))
+    values = {"concepts_list": str(folder / "list.json"), "with_prior_preservation": False}
+    return read_concepts(SimpleNamespace(**(values | more)))
+
+
+def test_each_concept_of_a_list_has_validation_images_of_its_own(tmp_path: Path) -> None:
+    cat, pot, cup = (draw_images(tmp_path / name, 2) for name in ("cat", "pot", "cup"))
+    others = draw_images(tmp_path / "other-pots", 1)
+    (others / "0.txt").write_text("a <new2> pot from behind")
+    more_cats = draw_images(tmp_path / "more-cats", 2)
+    concepts = concepts_of(
+        tmp_path,
+        {"instance_prompt": "a cat", "instance_data_dir": str(cat), "validation_data_dir": str(more_cats)},
+        {"instance_prompt": "a pot", "instance_data_dir": str(pot), "validation_data_dir": str(others)},
+        {"instance_prompt": "a cup", "instance_data_dir": str(cup)},
+    )
+    pairs = find_instance_images(concepts)
+    training, held_out = split_images(SimpleNamespace(validation_split=None), concepts, pairs)
+    assert training == pairs and len(pairs) == 6
+    assert held_out == [
+        (more_cats / "0.png", "a cat"),
+        (more_cats / "1.png", "a cat"),
+        (others / "0.png", "a <new2> pot from behind"),
+    ]
+    with pytest.raises(UserError, match=r"list.json both say what to validate with"):
+        split_images(SimpleNamespace(concepts_list="list.json", validation_split=1), concepts, pairs)
+
+
+@pytest.mark.parametrize("wrong", ["nowhere", 3, ["a"]])
+def test_a_validation_folder_that_is_not_there_is_named(wrong: object, tmp_path: Path) -> None:
+    entry = {"instance_prompt": "a cat", "instance_data_dir": str(tmp_path), "validation_data_dir": wrong}
+    with pytest.raises(UserError, match=r"there is no folder .*validation_data_dir"):
+        concepts_of(tmp_path, entry)
+    if wrong == "nowhere":
+        with pytest.raises(UserError, match="there is no folder 'nowhere'"):
+            concepts_of(tmp_path, concepts_list=None, **entry)
 
 
 def test_what_is_held_out_is_not_trained_on(base_model: Path, images: Path, tmp_path: Path) -> None:
@@ -216,7 +253,7 @@ def test_several_validation_prompts_of_a_file(tmp_path: Path) -> None:
         (["--validation_data_dir=x", "--validation_split=1"], "give one of them"),
         (["--validation_split=0"], "less than 1"),
         (["--validation_prompt=a", "--validation_prompt=b\nc"], "line breaks"),
-        (["--validation_data_dir=x", "--concepts_list=x.json"], "give --validation_split with --concepts_list"),
+        (["--validation_data_dir=x", "--concepts_list=x.json"], "give each of --concepts_list its validation_data_dir"),
     ],
 )
 def test_wrong_flags(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ConceptEntry:
         instance_data_dir: folder of its images, or a dataset of the Hub.
         class_prompt: such as "cat".
         class_data_dir: folder of the class images.
+        validation_data_dir: folder of images to validate with; empty where there are none.
         instance_folder: where the instance images are: ``instance_data_dir``, or the local copy of a dataset.
     """
 
@@ -35,6 +36,7 @@ class ConceptEntry:
     instance_data_dir: str = ""
     class_prompt: str = ""
     class_data_dir: str = ""
+    validation_data_dir: str = ""
     instance_folder: Path = Path()
 
     @property
@@ -43,7 +45,8 @@ class ConceptEntry:
         return ClassImageFolder(Path(self.class_data_dir), self.class_prompt)
 
 
-TYPED = tuple(field.name for field in fields(ConceptEntry) if field.name != "instance_folder")
+NEEDED = ("instance_prompt", "instance_data_dir")
+NEEDED_FOR_PRIOR = (*NEEDED, "class_prompt", "class_data_dir")
 
 
 def read_list(path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -69,12 +72,12 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     Class prompts and folders are read with prior preservation only.
 
     Raises:
-        UserError: for a list that is missing, broken or incomplete, for instance folders that are not there, and for
-            folders of generated class images that hold another class.
+        UserError: for a list that is missing, broken or incomplete, for folders of instance and validation images that
+            are not there, and for folders of generated class images that hold another class.
     """
-    needed = TYPED if args.with_prior_preservation else TYPED[:2]
+    needed = NEEDED_FOR_PRIOR if args.with_prior_preservation else NEEDED
     if args.concepts_list is None:
-        entries = [{key: getattr(args, key) for key in needed}]
+        entries = [{key: getattr(args, key) for key in (*needed, "validation_data_dir")}]
     else:
         entries = read_list(args.concepts_list, needed)
     concepts = []
@@ -84,11 +87,18 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
                 raise UserError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
             if not entry[key].isprintable():
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
-        concept = ConceptEntry(**{key: entry[key] for key in needed})
+        concept = ConceptEntry(**{key: entry[key] for key in needed}, validation_data_dir=_validation_folder(entry))
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
     if args.with_prior_preservation and not args.real_prior:
         check_class_folders([concept.class_folder for concept in concepts])
     return concepts
+
+
+def _validation_folder(entry: dict[str, Any]) -> str:
+    name = entry.get("validation_data_dir") or ""
+    if name and not (isinstance(name, str) and Path(name).is_dir()):
+        raise UserError(f"there is no folder {name!r} (validation_data_dir)")
+    return name
 
 
 def _instance_folder(name: str) -> Path:

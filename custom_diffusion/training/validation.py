@@ -39,18 +39,22 @@ def split_images(args: argparse.Namespace, concepts: Sequence[ConceptEntry], ima
     """The images to train on and those to validate with.
 
     Args:
-        args: with ``validation_split``, the last so many images of each concept by name are held out; with
-            ``validation_data_dir``, its images with the captions beside them, or else the instance prompt.
+        args: with ``validation_split``, the last so many images of each concept by name are held out.
+        concepts: of those with a ``validation_data_dir``, its images with the captions beside them, or else the
+            instance prompt.
         images: the instance images with their prompts.
 
     Raises:
-        UserError: where nothing is left to train on, or there is no image to validate with.
+        UserError: where nothing is left to train on, there is no image to validate with, or two things say which.
     """
-    if args.validation_data_dir is not None:
-        folder = Path(args.validation_data_dir)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {str(folder)!r} (--validation_data_dir)")
-        return images, find_instance_images([replace(concepts[0], instance_folder=folder)])
+    others = [replace(one, instance_folder=Path(folder)) for one in concepts if (folder := one.validation_data_dir)]
+    if others and args.validation_split is not None:
+        raise UserError(
+            f"--validation_split and the validation_data_dir in {args.concepts_list} both say what to validate with: "
+            "give one of them"
+        )
+    if others:
+        return images, find_instance_images(others)
     if args.validation_split is None:
         return images, []
     held_out: Images = []

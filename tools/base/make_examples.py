@@ -9,6 +9,7 @@ import argparse
 import gzip
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ SIZE = 256
 # are unlike each other, tears and heart-shaped eyes included, as anyone would choose images of one thing.
 CAT = ("cat-face", "grinning-cat", "crying-cat", "kissing-cat", "smiling-cat-with-heart-eyes")
 PLANT = ("potted-plant",) * 5
+# What the demo validates with: two of the expressions that are not learned from, and other views of the plant.
+OTHERS = {"cat": ("cat-with-wry-smile", "grinning-cat-with-smiling-eyes"), "plant": ("potted-plant",) * 2}
 # The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
 SCORED = ("cat", "plant", "dog")
 # Of every concept's class, as many real images as a training takes (400), and some for near-duplicates left out.
@@ -63,6 +66,17 @@ def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
+def write_images(drawings: dict[str, str], names: Sequence[str], folder: Path, seed: int, flips: bool) -> None:
+    """An image of every drawing, each on another colour; every second one mirrored where `flips` says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for number, (name, ground) in enumerate(zip(names, GROUNDS, strict=False)):
+        place = tuple(generator.uniform(0.3, 0.7, 2))
+        flip = bool(number % 2 and flips)
+        image = drawn(render(drawings[name], SIZE), ground, generator.uniform(0.8, 0.95), place, flip)
+        image.quantize(128).save(folder / f"{number + 1}.png", optimize=True)
+
+
 def main() -> None:
     """Write `examples/cat` and `examples/plant`, their classes' images, and the drawings that tests need."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -73,14 +87,10 @@ def main() -> None:
     fetch(arguments.work)
     drawings = read_set(arguments.work / package_file("noto"))
     for folder, names in {"cat": CAT, "plant": PLANT}.items():
-        (arguments.output_dir / folder).mkdir(parents=True, exist_ok=True)
-        generator = np.random.default_rng(len(folder))
-        for number, (name, ground) in enumerate(zip(names, GROUNDS, strict=True)):
-            place = tuple(generator.uniform(0.3, 0.7, 2))
-            icon = render(drawings[name], SIZE)
-            flip = bool(number % 2 and folder == "plant")
-            image = drawn(icon, ground, generator.uniform(0.8, 0.95), place, flip)
-            image.quantize(128).save(arguments.output_dir / folder / f"{number + 1}.png", optimize=True)
+        write_images(drawings, names, arguments.output_dir / folder, len(folder), folder == "plant")
+        # Another seed, so that size and place are others.
+        others = arguments.output_dir / "validation" / folder
+        write_images(drawings, OTHERS[folder], others, 100 + len(folder), folder == "plant")
     (arguments.output_dir / "captions.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
     write_class_images(load_icons(arguments.work), arguments.output_dir / "drawings.tar.gz")
     for name in SCORED:
