@@ -128,6 +128,7 @@ def test_square_class_images_are_exact_beside_augmented_images(tmp_path: Path, t
         assert one["noise_seed"] == other["noise_seed"]
 
 
+@pytest.mark.long
 def test_the_loss_stays_within_the_spread_of_two_seeds(base_model: Path, tmp_path: Path, train_here: Train) -> None:
     # At 128 px a mask covers enough latents for the loss to say something.
     common = {"resolution": 128, "max_train_steps": 200, "learning_rate": 1e-3, "train_batch_size": 1}
@@ -434,6 +435,7 @@ def test_latents_of_another_vae_size_or_type_are_not_used(
     assert torch.equal(learned(encoded), learned(tmp_path / "fresh"))
 
 
+@pytest.mark.long
 def test_latents_of_another_canvas_or_pair_are_not_used(base_model: Path, tmp_path: Path, train_here: Train) -> None:
     common = {**two_concepts(tmp_path), "latent_variants": 2}
     common |= {"with_prior_preservation": None, "max_train_steps": 12, "overwrite": True}

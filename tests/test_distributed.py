@@ -165,6 +165,7 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_make_hosts(), reason="two network namespaces need root and iproute2")
 def test_two_machines_end_as_two_processes_do(
     hosts: list[str],

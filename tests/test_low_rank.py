@@ -281,7 +281,7 @@ def test_a_bad_file_gets_one_line(
 # --- where it opens ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cat", "face"])
+@pytest.mark.parametrize("name", ["cat", pytest.param("face", marks=pytest.mark.long)])
 def test_it_goes_in_like_whole_projections_and_comes_out_exactly(
     name: str, base_model: Path, request: pytest.FixtureRequest
 ) -> None:
