@@ -62,6 +62,7 @@ def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
     assert "difference 0.0\n" in apart[1]
 
 
+@pytest.mark.long
 def test_two_processes_encode_and_learn_the_same_of_images_in_their_own_shape(
     base_model: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:
