@@ -102,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resolution", type=positive_int, default=512,
         help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768. If not given, 1024 for "
         "Stable Diffusion XL.")
+    add("--aspect_buckets", **is_on,
+        help="Images keep their proportions: each is cropped to the nearest of several shapes that have the area of "
+        "--resolution, up to 2.5:1, rather than to a square. infer.py --height and --width draw in such a shape.")
     add("--center_crop", **is_on, help="Crop class images at the centre rather than at a random place.")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -236,6 +239,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--cutmix_probability {args.cutmix_probability} is not between 0 and 1")
     if args.cutmix_probability and args.concepts_list is None:
         parser.error("--cutmix_probability shows one concept beside another: give several, with --concepts_list")
+    if args.cutmix_probability and args.aspect_buckets:
+        parser.error("--cutmix_probability shows squares beside each other: leave out that or --aspect_buckets")
     for name, (least, above) in RANGES.items():
         if not least <= getattr(args, name) < above:
             parser.error(f"--{name} {getattr(args, name)} is not at least {least:g} and below {above:g}")
@@ -345,6 +350,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
+from custom_diffusion.data.buckets import describe_buckets, find_buckets
 from custom_diffusion.data.class_images import generate_class_images
 from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
@@ -456,6 +462,8 @@ def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
     configuration = read_configuration(base_model, args.resolution if "resolution" in given else None)
     args.resolution = configuration.resolution
     check_rank(args.rank, base_model)
+    if args.aspect_buckets:
+        find_buckets(configuration.resolution, configuration.side_multiple)
     return configuration
 
 
@@ -468,6 +476,9 @@ def build_dataset(
     num_processes: int,
 ) -> CustomDiffusionDataset:
     """The training samples."""
+    buckets = find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
+    if buckets:
+        describe_buckets(instance_images, buckets)
     return CustomDiffusionDataset(
         instance_images,
         class_images,
@@ -483,6 +494,7 @@ def build_dataset(
         samples_per_step=args.train_batch_size * num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
         with_time_ids=configuration.family.reads_time_ids,
+        buckets=buckets,
     )
 
 

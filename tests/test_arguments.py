@@ -230,6 +230,10 @@ RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
         ),
         ({"resume_from_checkpoint": "checkpoint-7"}, ["'checkpoint-7'", "none"]),
         ({"resolution": 60}, ["--resolution 60", "multiple of 8", "56 or 64"]),
+        (
+            {"resolution": 72, "aspect_buckets": True},
+            ["--aspect_buckets", "--resolution", "multiple of 16", "64 or 80"],
+        ),
         ({"pretrained_model_name_or_path": "/nowhere/model"}, ["/nowhere/model"]),
         ({"pretrained_model_name_or_path": "nobody/has-this-model"}, ["nobody/has-this-model"]),
         ({"tokenizer_name": "/nowhere/tokenizer"}, ["/nowhere/tokenizer"]),
@@ -277,6 +281,10 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
         ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
         ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
+        (
+            {"cutmix_probability": 0.2, "aspect_buckets": True, "concepts_list": "list.json"},
+            ["--cutmix_probability", "squares", "--aspect_buckets"],
+        ),
         ({"class_image_scheduler": "ddim"}, ["--class_image_scheduler", "ddim", "dpmsolver++"]),
         ({"class_image_steps": 0}, ["--class_image_steps", "less than 1"]),
         ({"rank": 0}, ["--rank", "less than 1"]),

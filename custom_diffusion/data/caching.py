@@ -7,9 +7,11 @@ that no step will see, and nothing twice: encoding ahead never costs more than e
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,21 +35,22 @@ CAPTIONS_AT_ONCE = 32  # the same
 
 
 @torch.no_grad()
-def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
+def encode_posterior(vae: AutoencoderKL, pixel_values: Tensor, width: int | None = None) -> Tensor:
     """What the VAE makes of images, before anything is drawn from it.
 
     On a CPU one image follows the other: sums then have the same order in every batch, so that an image's values
     are the same to the bit whenever it is encoded, and it is no slower (benchmarks/README.md).
 
     Args:
-        pixel_values: (N, 3, H, W) in [-1, 1], on the VAE's device. Where W is a multiple of H, these are squares
-            beside each other, and none of them is seen in the posterior of another.
+        pixel_values: (N, 3, H, W) in [-1, 1], on the VAE's device.
+        width: of one image, where several may be beside each other: none of them is then seen in the posterior of
+            another.
 
     Returns:
         Mean and standard deviation of the posterior, (N, 2, C, h, w) in the VAE's type.
     """
-    squares = torch.cat(pixel_values.split(pixel_values.shape[2], dim=3))
-    batches = squares.split(1) if squares.device.type == "cpu" else [squares]
+    images = torch.cat(pixel_values.split(width or pixel_values.shape[3], dim=3))
+    batches = images.split(1) if images.device.type == "cpu" else [images]
     posteriors = [vae.encode(batch.to(vae.dtype)).latent_dist for batch in batches]
     encoded = torch.cat([torch.stack([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
     return torch.cat(encoded.split(len(pixel_values)), dim=-1)
@@ -116,7 +119,8 @@ def encode_views(
     Returns:
         View to posterior (2, C, h, w), on the CPU.
     """
-    views = sorted(views, key=lambda view: view.path)
+    # Those of one shape follow each other, and so can be encoded together.
+    views = sorted(views, key=lambda view: (renderer.canvas(view), view.path))
     paths = {} if folder is None else _kept_paths(folder, renderer, views, vae, accelerator)
     found = {view: read_posterior(path) for view, path in paths.items()}
     posteriors = {view: posterior for view, posterior in found.items() if posterior is not None}
@@ -128,7 +132,8 @@ def encode_views(
 
     share = lacking[accelerator.process_index :: accelerator.num_processes]
     at_once = 1 if accelerator.device.type == "cpu" else max(1, PIXELS_AT_ONCE // renderer.size**2)
-    loader = DataLoader(_Rendered(renderer, share), batch_size=at_once, num_workers=num_workers)
+    batches = _batches_of_one_shape(renderer, share, at_once)
+    loader = DataLoader(_Rendered(renderer, share), batch_sampler=batches, num_workers=num_workers)
     encoded: list[Tensor] = []
     bar = partial(tqdm, desc="Encoding images", unit="image", disable=not accelerator.is_local_main_process)
     with bar(total=len(lacking)) as progress:
@@ -138,7 +143,8 @@ def encode_views(
                     write_posterior(paths[share[len(encoded)]], posterior)
                 encoded.append(posterior)
             progress.update(min(len(pixel_values) * accelerator.num_processes, len(lacking) - progress.n))
-    everyone = _exchange(encoded, len(lacking), renderer.mask_size, vae, accelerator)
+    shapes = [(2, vae.config["latent_channels"], *renderer.latent_shape(view)) for view in lacking]
+    everyone = _exchange(encoded, shapes, vae, accelerator)
     return posteriors | dict(zip(lacking, everyone, strict=True))
 
 
@@ -156,20 +162,30 @@ def _kept_paths(
     return {view: folder / name for view, name in posterior_names(renderer, views, vae).items()}
 
 
+def _batches_of_one_shape(renderer: Renderer, views: Sequence[View], at_once: int) -> list[list[int]]:
+    """The numbers of the views, in their order, in batches of at most so many."""
+    batches: list[list[int]] = []
+    for _, group in groupby(range(len(views)), key=lambda number: renderer.canvas(views[number])):
+        numbers = list(group)
+        batches += [numbers[first : first + at_once] for first in range(0, len(numbers), at_once)]
+    return batches
+
+
 def _exchange(
-    encoded: list[Tensor], count: int, latent_size: int, vae: AutoencoderKL, accelerator: Accelerator
-) -> Tensor:
-    """What all processes have encoded, in the order in which it was dealt out to them."""
+    encoded: list[Tensor], shapes: Sequence[Sequence[int]], vae: AutoencoderKL, accelerator: Accelerator
+) -> list[Tensor]:
+    """What all processes have encoded, in the order in which it was dealt out to them; ``shapes`` are of all."""
     if accelerator.num_processes == 1:
-        return torch.stack(encoded)
-    each = -(-count // accelerator.num_processes)
-    shape = (2, vae.config["latent_channels"], latent_size, latent_size)
-    mine = torch.zeros(each, *shape, dtype=vae.dtype)
+        return encoded
+    each, most = -(-len(shapes) // accelerator.num_processes), max(map(math.prod, shapes))
+    mine = torch.zeros(each, most, dtype=vae.dtype)
     for number, posterior in enumerate(encoded):
-        mine[number] = posterior
+        mine[number, : posterior.numel()] = posterior.flatten()
     # As bytes: not every backend knows every type.
     everyone = accelerator.gather(mine.view(torch.uint8).to(accelerator.device)).cpu().view(vae.dtype)
-    return everyone.view(accelerator.num_processes, each, *shape).transpose(0, 1).flatten(0, 1)[:count]
+    rows = everyone.view(accelerator.num_processes, each, most).transpose(0, 1).flatten(0, 1)
+    # Cloned: a part of a row would keep the whole table in memory, and be pickled with it.
+    return [row[: math.prod(shape)].view(*shape).clone() for row, shape in zip(rows, shapes, strict=False)]
 
 
 def encode_texts(

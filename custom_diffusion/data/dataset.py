@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from custom_diffusion.data.buckets import Shape, shapes_of
 from custom_diffusion.data.stream import Sample, SampleStream
 from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.models.families import Conditioning
@@ -39,6 +40,8 @@ class CustomDiffusionDataset(Dataset):
             has one shape.
         padding_mode: see :class:`views.Renderer`.
         with_time_ids: say with each sample which part of how large an image it shows.
+        buckets: shapes, as :func:`buckets.find_buckets` gives them, in which images keep their proportions; the
+            samples of a step have one shape. None: all images are squares. Not together with ``cutmix_probability``.
 
     Attributes:
         posteriors: what :func:`caching.encode_views` gives; samples then have posteriors in place of pixels.
@@ -62,6 +65,7 @@ class CustomDiffusionDataset(Dataset):
         samples_per_step: int = 1,
         padding_mode: str = "constant",
         with_time_ids: bool = False,
+        buckets: Sequence[Shape] = (),
     ) -> None:
         self.stream = SampleStream(
             instance_images,
@@ -74,11 +78,13 @@ class CustomDiffusionDataset(Dataset):
             variants=variants,
             cutmix_probability=cutmix_probability,
             samples_per_step=samples_per_step,
+            shapes=shapes_of([*instance_images, *class_images], buckets),
         )
         self.renderer = Renderer(size, mask_size, padding_mode)
         self.instance_images = instance_images
         self.class_images = class_images
         self.with_time_ids = with_time_ids
+        self.buckets = buckets
         self.posteriors: dict[View, Tensor] = {}
         self.conditioning: dict[str, dict[str, Conditioning]] = {}
         self._tokenize = tokenize
@@ -100,7 +106,7 @@ class CustomDiffusionDataset(Dataset):
             ``class_posterior`` take the place of the images; where the captions are, ``instance_conditioning`` and
             ``class_conditioning`` that of the ids. ``instance_time_ids`` and ``class_time_ids`` (6,), where they are
             wanted, as :meth:`views.Renderer.time_ids` gives them. Two images beside each other are twice as wide, and
-            so are their masks and posteriors.
+            so are their masks and posteriors. In buckets, all have the shape of the step.
         """
         sample = self.draw(position)
         example: dict[str, Any] = {"noise_seed": sample.noise_seed}

@@ -50,7 +50,8 @@ def posterior_names(renderer: Renderer, views: Sequence[View], vae: AutoencoderK
     def name(view: View) -> str:
         parts = [*shared, digest_of(view.path), view.flip, view.scale, view.top, view.left]
         smaller = view.scale is not None and view.scale < renderer.size
-        canvas = [renderer.padding_mode] if smaller and renderer.padding_mode != "constant" else []
+        canvas: list[Any] = [renderer.padding_mode] if smaller and renderer.padding_mode != "constant" else []
+        canvas += [list(view.canvas)] if view.canvas else []
         return f"{prefix}-{_digest([*parts, *canvas])}.safetensors"
 
     return {view: name(view) for view in views}

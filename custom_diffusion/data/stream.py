@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from custom_diffusion.concept.prompts import side_by_side
 from custom_diffusion.data.augmentation import Augmentation, augmentation_pool, draw_augmentation
+from custom_diffusion.data.buckets import BucketOrder, Shape
 from custom_diffusion.data.views import View
 
 
@@ -43,6 +44,8 @@ class SampleStream:
     Args:
         instance_images, class_images, size, center_crop, hflip, aug, seed, variants, cutmix_probability,
             samples_per_step: see :class:`dataset.CustomDiffusionDataset`.
+        shapes: the bucket of each image, so that every step has one shape (see :class:`buckets.BucketOrder`); if
+            there are none, all are shown as squares.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SampleStream:
         variants: int | None,
         cutmix_probability: float,
         samples_per_step: int,
+        shapes: Mapping[Path, Shape] | None = None,
     ) -> None:
         self.instance_images = instance_images
         self.class_images = class_images
@@ -68,6 +72,7 @@ class SampleStream:
         self.variants = variants
         self.cutmix_probability = cutmix_probability
         self.samples_per_step = samples_per_step
+        self._buckets = BucketOrder(instance_images, class_images, shapes, seed, samples_per_step) if shapes else None
         self._instances_elsewhere = numbers_elsewhere(instance_images)
         self._class_images_elsewhere = numbers_elsewhere(class_images)
         self._order_of: tuple[int, np.ndarray] | None = None
@@ -82,6 +87,8 @@ class SampleStream:
 
     def draw(self, position: int) -> Sample:
         """Decide what an item is made of."""
+        if self._buckets is not None:
+            return self._draw_in_bucket(self._buckets, position)
         epoch, sample = divmod(position, len(self))
         index = int(self._order(epoch)[sample])
         random = np.random.default_rng((self.seed, epoch, index))
@@ -94,7 +101,11 @@ class SampleStream:
         if self.class_images:
             number = index % len(self.class_images)
             class_image, class_prompt = (self._draw_class_image(number, random),), self.class_images[number][1]
-        instance, prompt = self._draw_instance(epoch, index, random)
+        count = len(self.instance_images)
+        number = index % count
+        # How often an epoch shows the image, and so how often it was shown before.
+        times = len(range(number, len(self), count))
+        instance, prompt = self._draw_instance(number, epoch * times + index // count, random)
         return Sample((instance,), prompt, class_image, class_prompt, noise_seed)
 
     def drawn(self, positions: Iterable[int]) -> tuple[list[View], dict[str, list[str]]]:
@@ -129,27 +140,37 @@ class SampleStream:
         step = position // self.samples_per_step
         return bool(np.random.default_rng((self.seed, step, 3)).random() < self.cutmix_probability)
 
-    def _draw_instance(self, epoch: int, index: int, random: np.random.Generator) -> tuple[View, str]:
-        number = index % len(self.instance_images)
+    def _draw_in_bucket(self, order: BucketOrder, position: int) -> Sample:
+        place = order.at(position)
+        random = np.random.default_rng((self.seed, position, 0, 6))
+        noise_seed = int(random.integers(2**63))
+        # A view of the square is the same view that there is without buckets.
+        canvas = None if place.shape == (self.size, self.size) else place.shape
+        class_image: tuple[View, ...] = ()
+        class_prompt = ""
+        if place.class_image is not None:
+            class_image = (replace(self._draw_class_image(place.class_image, random), canvas=canvas),)
+            class_prompt = self.class_images[place.class_image][1]
+        instance, prompt = self._draw_instance(place.instance, place.shown, random)
+        return Sample((replace(instance, canvas=canvas),), prompt, class_image, class_prompt, noise_seed)
+
+    def _draw_instance(self, number: int, shown: int, random: np.random.Generator) -> tuple[View, str]:
+        """How an instance image is shown that was shown so often before."""
         path, prompt = self.instance_images[number]
         if not self.aug:
             return self._draw_whole_instance(number, random), prompt
         if self.variants is None:
             drawn = draw_augmentation(self.size, self.flip_probability, random)
         else:
-            drawn = self._draw_from_pool(epoch, index, self.variants)
+            drawn = self._draw_from_pool(number, shown, self.variants)
         return View(path, drawn.flip, drawn.scale, drawn.top, drawn.left), drawn.words + prompt
 
-    def _draw_from_pool(self, epoch: int, index: int, variants: int) -> Augmentation:
+    def _draw_from_pool(self, number: int, shown: int, variants: int) -> Augmentation:
         """One of the image's augmentations: all of them, in an order drawn at random, before one comes again."""
-        count = len(self.instance_images)
-        number = index % count
         if number not in self._pools:
             random = np.random.default_rng((self.seed, number, 0, 5))
             self._pools[number] = augmentation_pool(variants, self.size, self.flip_probability, random)
-        # How often an epoch shows the image, and so how often it was shown before.
-        times = len(range(number, len(self), count))
-        rounds, place = divmod(epoch * times + index // count, variants)
+        rounds, place = divmod(shown, variants)
         order = np.random.default_rng((self.seed, number, rounds, 4)).permutation(variants)
         return self._pools[number][order[place]]
 
@@ -188,7 +209,8 @@ class SampleStream:
         flips = 2 if self.flip_probability else 1
         class_image = flips if self.variants or self.center_crop or not self.class_images else math.inf
         instance = flips if not self.aug else math.inf if self.variants is None else self.variants
-        return len(self.instance_images) * instance + len(self.class_images) * class_image
+        class_images = self._buckets.different_class_images() if self._buckets else len(self.class_images)
+        return len(self.instance_images) * instance + class_images * class_image
 
 
 def numbers_elsewhere(images: Sequence[tuple[Path, str]]) -> dict[Path, list[int]]:

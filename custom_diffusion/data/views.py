@@ -12,6 +12,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from custom_diffusion.data.buckets import Shape
 from custom_diffusion.images import image_size, load_image
 
 # To be raised when the pixels of any view change, here or in images.py: kept latents are then encoded again.
@@ -25,9 +26,11 @@ class View:
     Attributes:
         path: of the image.
         flip: whether it is mirrored.
-        scale: side in pixels of an instance image's centre square; None for a class image, which is cropped to a
-            square of its shorter side and fills the canvas.
+        scale: side in pixels of an instance image's centre square; None for a class image, of which the largest part
+            in the proportions of the canvas fills the canvas.
         top, left: where it lies on the canvas, or is cropped, in parts of the room that there is: at least 0, below 1.
+        canvas: height and width in pixels of another canvas than the square; the image is then cropped to its
+            proportions, and ``scale`` is relative to the side of the square.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class View:
     scale: int | None
     top: float
     left: float
+    canvas: Shape | None = None
 
 
 class Renderer:
@@ -55,59 +59,77 @@ class Renderer:
         self._image_size = cache(image_size)
 
     def render(self, view: View) -> Tensor:
-        """The pixels of a view, (3, size, size) in [-1, 1].
+        """The pixels of a view, (3, size, size) or those of its own canvas, in [-1, 1].
 
-        An instance image's centre square is laid on a canvas, or cropped to the canvas. The example squashes the
-        whole image into the square; here its proportions stay, as in the authors' older CompVis script.
+        An instance image's centre, in the proportions of the canvas, is laid on the canvas or cropped to it. The
+        example squashes the whole image into the square; here its proportions stay, as in the authors' older CompVis
+        script.
         """
-        image = self._load(view)
+        image, canvas = self._load(view), self.canvas(view)
         if view.scale is None:
             # Cropped before it is resized: a panorama would otherwise become gigabytes first.
             width, height = image.size
-            side = min(width, height)
-            top, left = _offset(view.top, height - side), _offset(view.left, width - side)
-            return _to_tensor(_resized(TF.crop(image, top, left, side, side), self.size))
-        pixels = _to_tensor(_resized(TF.center_crop(image, [min(image.size)] * 2), view.scale))
+            rows, columns = _largest(image.size, canvas)
+            top, left = _offset(view.top, height - rows), _offset(view.left, width - columns)
+            return _to_tensor(_resized(TF.crop(image, top, left, rows, columns), canvas))
+        scaled = self._scaled(view, view.scale)
+        pixels = _to_tensor(_resized(TF.center_crop(image, list(_largest(image.size, canvas))), scaled))
         top, left = self._place(view, view.scale)
-        room = self.size - view.scale
-        if room <= 0:
-            return pixels[:, top : top + self.size, left : left + self.size]
-        return TF.pad(pixels, [left, top, room - left, room - top], padding_mode=self.padding_mode)
+        if view.scale >= self.size:
+            return pixels[:, top : top + canvas[0], left : left + canvas[1]]
+        below, right = canvas[0] - scaled[0] - top, canvas[1] - scaled[1] - left
+        return TF.pad(pixels, [left, top, right, below], padding_mode=self.padding_mode)
 
     def mask(self, view: View) -> Tensor:
-        """Which latents count: (mask_size, mask_size), 1 inside the image and 0 outside."""
+        """Which latents count: 1 inside the image and 0 outside, in the shape of :meth:`latent_shape`."""
         if view.scale is None or view.scale >= self.size or self.padding_mode == "edge":
-            return torch.ones(self.mask_size, self.mask_size)
+            return torch.ones(self.latent_shape(view))
         factor = self.size // self.mask_size
-        mask = torch.zeros(self.mask_size, self.mask_size)
-        top, left = self._place(view, view.scale)
-        mask[slice(*_cells_inside(top, view.scale, factor)), slice(*_cells_inside(left, view.scale, factor))] = 1.0
+        mask = torch.zeros(self.latent_shape(view))
+        (top, left), (height, width) = self._place(view, view.scale), self._scaled(view, view.scale)
+        mask[slice(*_cells_inside(top, height, factor)), slice(*_cells_inside(left, width, factor))] = 1.0
         return mask
+
+    def canvas(self, view: View) -> Shape:
+        """Height and width in pixels of what a view is laid on."""
+        return view.canvas or (self.size, self.size)
+
+    def latent_shape(self, view: View) -> Shape:
+        """Height and width of a view's latents, (mask_size, mask_size) of a square."""
+        if view.canvas is None:
+            return self.mask_size, self.mask_size
+        factor = self.size // self.mask_size
+        return view.canvas[0] // factor, view.canvas[1] // factor
 
     def time_ids(self, views: Sequence[View]) -> Tensor:
         """What views beside each other show of their originals (Stable Diffusion XL's paper, section 2.2).
 
-        One view shows its image at this size, cropped there: away from the square that is taken, or by a zoom. Several
+        One view shows its image at this size, cropped there: away from the part that is taken, or by a zoom. Several
         make an image of their own, of which all is seen.
 
         Returns:
             (6,): height and width of the original, top and left of the crop in the image as it was resized, and
             height and width of what is shown, all in pixels.
         """
-        shown = [self.size, self.size * len(views)]
+        rows, columns = self.canvas(views[0])
+        shown = [rows, columns * len(views)]
         if len(views) > 1:
             return torch.tensor([*shown, 0, 0, *shown], dtype=torch.float32)
         (view,) = views
         width, height = self._image_size(view.path)
-        side = min(width, height)
+        taken = _largest((width, height), (rows, columns))
+        room = (height - taken[0], width - taken[1])
         zoom = (0, 0)
         if view.scale is None:
-            corner, factor = (_offset(view.top, height - side), _offset(view.left, width - side)), self.size / side
+            corner, scaled = (_offset(view.top, room[0]), _offset(view.left, room[1])), (rows, columns)
         else:
-            corner, factor = ((height - side) // 2, (width - side) // 2), view.scale / side
+            corner, scaled = (room[0] // 2, room[1] // 2), self._scaled(view, view.scale)
             if view.scale > self.size:
                 zoom = self._place(view, view.scale)
-        crop = [int(start * factor) + offset for start, offset in zip(corner, zoom, strict=True)]
+        crop = [
+            int(start * (after / before)) + offset
+            for start, after, before, offset in zip(corner, scaled, taken, zoom, strict=True)
+        ]
         return torch.tensor([height, width, *crop, *shown], dtype=torch.float32)
 
     def _load(self, view: View) -> Image.Image:
@@ -117,13 +139,26 @@ class Renderer:
         image = self._last_image[1]
         return ImageOps.mirror(image) if view.flip else image
 
-    def _place(self, view: View, scale: int) -> tuple[int, int]:
-        room = abs(scale - self.size)
-        return _offset(view.top, room), _offset(view.left, room)
+    def _scaled(self, view: View, scale: int) -> Shape:
+        """Height and width in pixels that the part taken of an instance image has."""
+        height, width = self.canvas(view)
+        return max(1, round(height * scale / self.size)), max(1, round(width * scale / self.size))
+
+    def _place(self, view: View, scale: int) -> Shape:
+        (rows, columns), (height, width) = self.canvas(view), self._scaled(view, scale)
+        return _offset(view.top, abs(rows - height)), _offset(view.left, abs(columns - width))
 
 
-def _resized(square: Image.Image, side: int) -> Image.Image:
-    return square.resize((side, side), Image.Resampling.BILINEAR)
+def _largest(size: tuple[int, int], canvas: Shape) -> Shape:
+    """Height and width of the largest part with the proportions of a canvas, of an image of this width and height."""
+    (width, height), (rows, columns) = size, canvas
+    if width * rows >= height * columns:
+        return height, max(1, height * columns // rows)
+    return max(1, width * rows // columns), width
+
+
+def _resized(image: Image.Image, shape: Shape) -> Image.Image:
+    return image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
 
 
 def _offset(part: float, room: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from custom_diffusion.models.vocabulary import limit_length
 from custom_diffusion.text import first_line
 
 INDEX_NAME = "model_index.json"
+SMALL_IMAGES = 256  # pixels; a model of smaller ones would have hardly a shape in steps of 64
 FEWEST_ENTRIES = 10  # transformers makes a tokenizer of two of a folder without vocabulary, and says nothing
 
 # Of models that are not trained on what DDPMScheduler adds.
@@ -226,6 +228,8 @@ class ModelConfiguration:
         latent_channels: of its latents.
         resolution: side of the training images in pixels.
         latent_size: side of their latents.
+        side_multiple: of which both sides of images should be multiples where they are not square, in pixels: 64, or
+            for a model of small images what its VAE and UNet need.
     """
 
     base_model: BaseModel
@@ -236,6 +240,7 @@ class ModelConfiguration:
     latent_channels: int
     resolution: int
     latent_size: int
+    side_multiple: int
 
 
 def read_configuration(base_model: BaseModel, resolution: int | None) -> ModelConfiguration:
@@ -287,7 +292,16 @@ def read_configuration(base_model: BaseModel, resolution: int | None) -> ModelCo
         latent_channels=vae["latent_channels"],
         resolution=resolution,
         latent_size=resolution // factor,
+        side_multiple=_side_multiple(parts["unet"], factor),
     )
+
+
+def _side_multiple(unet: Mapping[str, Any], vae_factor: int) -> int:
+    needed = vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    made_for = unet.get("sample_size") or 64
+    longest = max(made_for) if isinstance(made_for, list | tuple) else made_for
+    # Stable Diffusion XL's own shapes are multiples of 64 (section 2.3 of its paper).
+    return needed if vae_factor * longest < SMALL_IMAGES else math.lcm(64, needed)
 
 
 def _index_problem(family: Family, index: Mapping[str, Any]) -> str:

@@ -321,16 +321,18 @@ class Latents:
     Attributes:
         vae: None where the images are encoded already.
         scaling_factor: of the VAE's latents.
+        width: of one image in pixels, where several may be beside each other.
     """
 
     vae: AutoencoderKL | None
     scaling_factor: float
+    width: int | None
 
     def draw(self, batch: dict[str, Any]) -> Tensor:
         """Take out of a batch what its latents are drawn from, and draw them: (N, C, H, W), scaled, float32."""
         posterior = batch.pop("posterior", None)
         if posterior is None:
-            posterior = encode_posterior(self.vae, batch.pop("pixel_values"))
+            posterior = encode_posterior(self.vae, batch.pop("pixel_values"), self.width)
         return sample_latents(posterior, batch.pop("posterior_noise"), self.scaling_factor)
 
 
@@ -349,7 +351,7 @@ def prepare_latents(
 ) -> Latents:
     """Load the VAE, and encode what the steps will show; with ``--no_latent_cache`` every step encodes instead."""
     vae = load_vae(configuration, accelerator)
-    latents = Latents(vae, vae.config.scaling_factor)
+    latents = Latents(vae, vae.config.scaling_factor, None if args.aspect_buckets else args.resolution)
     if not args.no_latent_cache:
         folder = Path(args.output_dir, LATENTS_NAME) if args.keep_latents else None
         encode_images(dataset, dataset.positions(steps), vae, accelerator, folder, args.dataloader_num_workers)

@@ -42,7 +42,13 @@ SHOWN_ON_CARD = (
     "seed",
 )  # fmt: skip
 # And those that it shows where they are not left at their defaults.
-SHOWN_WHERE_CHANGED = {"rank": None, "rank_alpha": None, "optimizer": "adamw", "snr_gamma": None}
+SHOWN_WHERE_CHANGED = {
+    "rank": None,
+    "rank_alpha": None,
+    "optimizer": "adamw",
+    "snr_gamma": None,
+    "aspect_buckets": False,
+}
 
 
 def begin(run: Run, validation_images: list[tuple[Path, str]]) -> None:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from custom_diffusion.data.batches import collate_fn
+from custom_diffusion.data.buckets import shapes_of
 from custom_diffusion.data.caching import encode_views
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.data.dataset import CustomDiffusionDataset
@@ -128,6 +129,7 @@ def validation_dataset(dataset: CustomDiffusionDataset, images: Images) -> Custo
         variants=None,
         cutmix_probability=0.0,
         samples_per_step=1,
+        shapes=shapes_of([*images, *class_images], dataset.buckets),
     )
     return other
 
