@@ -66,7 +66,8 @@ def read_list(path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
 def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
 
-    Class prompts and folders are read with prior preservation only.
+    Class prompts and folders are read with prior preservation only; class prompts also where ``--token_gate`` has a use
+    for them.
 
     Raises:
         UserError: for a list that is missing, broken or incomplete, for instance folders that are not there, and for
@@ -74,7 +75,7 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     """
     needed = TYPED if args.with_prior_preservation else TYPED[:2]
     if args.concepts_list is None:
-        entries = [{key: getattr(args, key) for key in needed}]
+        entries = [{key: getattr(args, key) for key in TYPED}]
     else:
         entries = read_list(args.concepts_list, needed)
     concepts = []
@@ -85,6 +86,8 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
             if not entry[key].isprintable():
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
         concept = ConceptEntry(**{key: entry[key] for key in needed})
+        if args.token_gate and not concept.class_prompt and isinstance(entry.get("class_prompt"), str):
+            concept = replace(concept, class_prompt=entry["class_prompt"])
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
     if args.with_prior_preservation and not args.real_prior:
         check_class_folders([concept.class_folder for concept in concepts])
