@@ -358,6 +358,7 @@ from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
 from custom_diffusion.training.attention import check_rank, train_attention
 from custom_diffusion.training.checkpoints import find_checkpoint
+from custom_diffusion.training.gate import build_gate
 from custom_diffusion.training.lock import unlocks_folders
 from custom_diffusion.training.objective import CustomDiffusion
 from custom_diffusion.training.optimizers import build_optimizer
@@ -381,7 +382,6 @@ from custom_diffusion.training.run import (
 from custom_diffusion.training.saving import begin, finish, save_checkpoint, validate
 from custom_diffusion.training.settings import describe_settings
 from custom_diffusion.training.signals import StopSignal, during
-from custom_diffusion.training.gate import build_gate
 from custom_diffusion.training.tokens import add_modifier_tokens, parse_modifier_tokens, train_new_words
 from custom_diffusion.training.validation import split_images
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from custom_diffusion.concept.files import Concept
+from custom_diffusion.concept.gating import GatedUNet, ReadTexts, TokenGate
 from custom_diffusion.concept.projections import check_shape, refuse_other_model
 from custom_diffusion.concept.unet import Projection, find_projection, lora_is_fused, unwrapped
 from custom_diffusion.errors import UserError
@@ -45,6 +46,7 @@ class AppliedConcept:
     _unet: Any = field(repr=False)
     _keys: list[str] = field(repr=False)
     _words: list[AddedWords] = field(repr=False)
+    _gated: GatedUNet | None = field(default=None, repr=False)
     _removed: bool = field(default=False, repr=False)
 
     def remove(self) -> None:
@@ -67,6 +69,8 @@ class AppliedConcept:
         self._take_out()
 
     def _take_out(self) -> None:
+        if self._gated is not None:
+            self._gated.remove()
         for projection in (find_projection(self._unet, key) for key in self._keys):
             projection.restore()
         for words in self._words:
@@ -75,7 +79,9 @@ class AppliedConcept:
         self._removed = True
 
 
-def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float = 1.0) -> AppliedConcept:
+def apply_concepts(
+    pipeline: DiffusionPipeline, *concepts: Concept, scale: float | Sequence[float] = 1.0
+) -> AppliedConcept:
     """Put one or several concepts into any pipeline of the Stable Diffusion family.
 
     The learned keys and values (and queries and outputs) are copied into the UNet's own ``attn2`` projections and
@@ -83,13 +89,19 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
     image-to-image, ControlNet or LoRA pipelines work as they do on the base model. Pipelines that share these models
     (``from_pipe``, ``**pipeline.components``) share the concept, whether they are made before or after.
 
+    Concepts that act at their own words alone (``--token_gate``) leave the projections as they are: their changes are
+    added behind them, at these words. Any number of them can be applied, trained apart or together; prompts without
+    the words give the base model's images. ``prompt_embeds`` must come from this pipeline's ``encode_prompt``, after
+    the concepts were applied.
+
     ``cross_attention_kwargs={"scale": ...}`` of a pipeline's call has no effect on a concept; it is for LoRAs.
 
     Args:
         pipeline: one of diffusers', of a family that :mod:`custom_diffusion.models.families` knows.
         concepts: several must agree wherever they trained the same projections (merging is another matter).
         scale: 0 keeps the base model's projections, 1 takes the learned ones, between and beyond blends linearly.
-            Token embeddings have no counterpart in the base model and always go in whole.
+            Token embeddings have no counterpart in the base model and always go in whole. One for all concepts, or one
+            for each.
 
     Returns:
         A handle whose ``remove()`` restores the pipeline exactly.
@@ -98,6 +110,9 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
         UserError: where a concept does not fit the pipeline or the others, or something is in its way, such as a LoRA
             that is fused or weights that are offloaded; nothing is changed then.
     """
+    scales = [float(scale)] * len(concepts) if isinstance(scale, int | float) else [float(one) for one in scale]
+    if len(scales) != len(concepts):
+        raise UserError(f"there are {len(scales)} scales for {len(concepts)} concepts: give one, or one for each")
     attention, tokens = _combine(concepts)
     family = family_of(pipeline.components, "this pipeline's model")
     missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
@@ -109,6 +124,12 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
     here = repr(getattr(pipeline, "name_or_path", None) or "this pipeline's model")
     _check_no_lost_lora(pipeline, unet)
     projections = {key: _fitting_projection(unet, key, *owned, here) for key, owned in attention.items()}
+    gated = {
+        key: _fitting_projection(unet, key, weight, concept, here, gated=True)
+        for concept in concepts
+        for gate in concept.gates
+        for key, weight in gate.whole().items()
+    }
     tokenizers, text_encoders = text_models_of(family, pipeline)
     check_tokens(tokens, family, tokenizers, text_encoders, here)
     for text_encoder in text_encoders.values() if tokens else ():
@@ -118,15 +139,39 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
     try:
         for key, projection in projections.items():
             weight, owner = attention[key]
-            projection.learn(weight, scale, is_difference=key in owner.differences)
+            own_scale = scales[next(number for number, one in enumerate(concepts) if one is owner)]
+            projection.learn(weight, own_scale, is_difference=key in owner.differences)
         for name, tokenizer in tokenizers.items() if tokens else ():
             vectors = {token: own[name] for token, (own, _) in tokens.items()}
             applied._words.append(put_words(tokenizer, text_encoders[name], vectors))
+        if gated:
+            first = family.text_encoders[0].name
+            applied._gated = _gate(unet, gated, tokenizers[first], text_encoders[first], concepts, scales)
     except BaseException:  # such as Ctrl-C, or a GPU without memory for the originals
         applied._take_out()
         raise
     setattr(unet, _MARK, True)
     return applied
+
+
+def _gate(
+    unet: Any,
+    projections: Mapping[str, Projection],
+    tokenizer: Any,
+    text_encoder: Any,
+    concepts: Sequence[Concept],
+    scales: Sequence[float],
+) -> GatedUNet:
+    """Let gated concepts act at their words, which the tokenizer knows by now."""
+    gates = [(gate, scale) for concept, scale in zip(concepts, scales, strict=True) for gate in concept.gates]
+    texts = ReadTexts(TokenGate(tokenizer, [gate.words for gate, _ in gates]), text_encoder)
+    layers = []
+    for number, (gate, _) in enumerate(gates):
+        for key, change in gate.whole().items():
+            parameter, module, name = projections[key].parameter, projections[key].linear, f"gated_change_{number}"
+            module.register_buffer(name, change.to(parameter.device, parameter.dtype), persistent=False)
+            layers.append((module, name, number))
+    return GatedUNet(unet, texts, layers, [scale for _, scale in gates])
 
 
 def check_tokens(
@@ -174,6 +219,11 @@ def _combine(
     for concept in concepts:
         for token, vectors in concept.tokens.items():
             known = next((one for one in tokens if one.lower() == token.lower()), None)  # as tokenizers read them
+            if known is not None and (concept.gates or tokens[known][1].gates):
+                raise UserError(
+                    f"{known!r} is a token of {tokens[known][1].source!r} and of {concept.source!r}: train one of them "
+                    "with another --modifier_token"
+                )
             if known is not None:
                 raise UserError(
                     f"{known!r} is a token of {tokens[known][1].source!r} and of {concept.source!r}: "
@@ -191,13 +241,15 @@ def _combine(
     return attention, tokens
 
 
-def _fitting_projection(unet: Any, key: str, weight: Tensor, concept: Concept, here: str) -> Projection:
+def _fitting_projection(
+    unet: Any, key: str, weight: Tensor, concept: Concept, here: str, gated: bool = False
+) -> Projection:
     try:
         projection = find_projection(unet, key)
     except AttributeError:
         refuse_other_model(concept, f"{here} has no {key.split('.processor.')[0]}")
     check_shape(concept, key.split(".processor.")[1], weight, projection.parameter, here)
-    projection.check_free()
+    projection.check_free(may_be_fused=gated)
     return projection
 
 

@@ -13,16 +13,21 @@ The rule reads token ids, which batches and pipelines have; all text encoders of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from custom_diffusion.concept.low_rank import LowRank, low_rank_of
+from custom_diffusion.errors import UserError
 from custom_diffusion.text import one_line
 
 GATE_NAME = "token_gate"  # in the weights file: the words, as the bytes of JSON
@@ -202,3 +207,142 @@ class TokenGate:
             if piece.endswith(END_OF_WORD):
                 break
         return length
+
+
+class ReadTexts:
+    """Remembers which token ids a text encoder was given, by the features that it gave for them.
+
+    A pipeline hands its UNet features alone, doubled for guidance, repeated for batches, or computed long before. As
+    each text's features are those of its ids, a digest of them says which ids these were.
+
+    Args:
+        gate: finds the positions.
+        text_encoder: the first of a model's.
+    """
+
+    MOST = 4096  # texts that are remembered; the oldest go first
+
+    def __init__(self, gate: TokenGate, text_encoder: Any) -> None:
+        self.gate = gate
+        self.width = text_encoder.config.hidden_size
+        self._masks: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._last: tuple[Any, Tensor] | None = None
+        self._hook = text_encoder.register_forward_hook(self._remember, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Forget all, and leave the text encoder as it was."""
+        self._hook.remove()
+        self._masks.clear()
+        self._last = None
+
+    def _remember(self, text_encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            return
+        layers = [output[0]] if output[0].dim() == 3 else []
+        layers += [getattr(output, "last_hidden_state", None)]
+        hidden = list(getattr(output, "hidden_states", None) or ())
+        # What pipelines make of a layer before the last: Stable Diffusion's clip_skip norms it, XL takes it as it is.
+        norm = getattr(getattr(text_encoder, "text_model", text_encoder), "final_layer_norm", None)
+        layers += hidden + ([norm(layer) for layer in hidden] if norm is not None else [])
+        self.remember([layer for layer in layers if layer is not None], self.gate.mask(ids).cpu())
+
+    def remember(self, layers: Sequence[Tensor], mask: Tensor) -> None:
+        """Remember features (N, length, width) of texts, and where concepts act in them, (N, length, concepts)."""
+        for layer in layers:
+            for dtype in dict.fromkeys([layer.dtype, torch.float16, torch.bfloat16]):
+                for row, positions in zip(layer.detach().to(dtype), mask, strict=True):
+                    self._masks[_digest(row)] = positions
+        while len(self._masks) > self.MOST * 64:
+            self._masks.popitem(last=False)
+
+    def mask(self, features: Tensor) -> Tensor:
+        """Where each concept acts in text features, (N, length, width of all encoders): (N, length, concepts), bool.
+
+        Features of zeros, which Stable Diffusion XL takes for an empty text, name nothing.
+
+        Raises:
+            UserError: for features that the text encoder has not given.
+        """
+        if self._last is not None and self._last[0]() is features:
+            return self._last[1]
+        own = features[..., : self.width].detach()
+        masks = []
+        for row in own:
+            mask = self._masks.get(_digest(row))
+            if mask is None and not bool(row.any()):
+                mask = torch.zeros(len(row), len(self.gate.concepts), dtype=torch.bool)
+            if mask is None:
+                raise UserError(
+                    "these text features were not made by this pipeline's text encoder since the concept was applied, "
+                    "so nobody knows at which of them its words stand: give `prompt` and `negative_prompt`, or what "
+                    "this pipeline's encode_prompt makes of them, rather than other prompt_embeds"
+                )
+            masks.append(mask)
+        found = torch.stack(masks).to(features.device)
+        self._last = (weakref.ref(features), found)
+        return found
+
+
+def _digest(row: Tensor) -> bytes:
+    """A digest of the features of a text, the same for a type that they were widened to."""
+    return hashlib.blake2b(row.float().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+class GatedUNet:
+    """Concepts at their own words inside a UNet; :meth:`remove` takes them out, and nothing else was changed.
+
+    The UNet's projections stay as they are. Behind each of them the changes are added at the positions of the words,
+    so that texts without such words take exactly the base model's way.
+
+    Args:
+        unet: the UNet itself.
+        texts: knows the positions.
+        layers: for each projection that is changed: its module, the name of a buffer that holds a change, and the
+            number of the concept. The changes are buffers of the modules, so they move and change type with them.
+        scales: of each concept.
+    """
+
+    def __init__(
+        self, unet: Any, texts: ReadTexts, layers: Sequence[tuple[Any, str, int]], scales: Sequence[float]
+    ) -> None:
+        self.texts = texts
+        self.scales = list(scales)
+        self._layers = list(layers)
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unet = unet
+        self._hooks = [unet.register_forward_pre_hook(self._find, with_kwargs=True)]
+        self._hooks += [module.register_forward_hook(partial(self._add, name, n)) for module, name, n in layers]
+
+    def remove(self) -> None:
+        """Take the concepts out."""
+        for hook in self._hooks:
+            hook.remove()
+        for module, name, _ in self._layers:
+            if hasattr(module, name):
+                delattr(module, name)
+        self.texts.remove()
+
+    def _find(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(getattr(module, "fused_projections", False) for module in self._attention()):
+            raise UserError("fuse_qkv_projections() passes gated concepts by: unfuse_qkv_projections() first")
+        features = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        mask = self.texts.mask(features)
+        self._places = {}
+        for number, scale in enumerate(self.scales):
+            rows, positions = mask[..., number].nonzero(as_tuple=True)
+            if len(rows) and scale:
+                self._places[number] = (rows, positions)
+
+    def _attention(self) -> list[Any]:
+        return [module for name, module in self._unet.named_modules() if name.endswith("attn2")]
+
+    @torch.no_grad()
+    def _add(self, name: str, number: int, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if number not in self._places:
+            return output
+        places, features = self._places[number], args[0]
+        if features.shape[:2] != output.shape[:2] or len(features) <= int(places[0].max()):
+            raise UserError("this pipeline splits what its UNet is told, which gated concepts cannot follow")
+        change = getattr(module, name).to(features.device, features.dtype)
+        return output.index_put(places, self.scales[number] * (features[places] @ change.T), accumulate=True)

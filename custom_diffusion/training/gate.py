@@ -55,13 +55,15 @@ def build_gate(
 
 
 def _classes(concept: ConceptEntry, prompts: Sequence[str], tokens: Sequence[str]) -> tuple[str, ...]:
-    """The class words of a concept: those of its class prompt, and what its prompts have in their place."""
+    """The class words of a concept: its class prompt, or else the word that follows in its first prompt with a token.
+
+    Without either, any word that follows.
+    """
     known = class_of(concept.class_prompt)
-    classes = [known] if known else []
+    if known:
+        return (known,)
     for prompt in prompts:
-        for token in tokens:
-            word = word_behind(prompt, token)
-            behind = prompt.lower().partition(token.lower())[2].strip()
-            if word is not None and word not in classes and not (known and behind.startswith(known)):
-                classes.append(word)
-    return tuple(classes)
+        words = dict.fromkeys(word for token in tokens if (word := word_behind(prompt, token)) is not None)
+        if words:
+            return tuple(words)
+    return ()
