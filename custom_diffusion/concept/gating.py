@@ -18,7 +18,8 @@ import json
 import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -220,7 +221,7 @@ class ReadTexts:
         text_encoder: the first of a model's.
     """
 
-    MOST = 4096  # texts that are remembered; the oldest go first
+    MOST = 100_000  # digests that are remembered; the oldest go first
 
     def __init__(self, gate: TokenGate, text_encoder: Any) -> None:
         self.gate = gate
@@ -253,7 +254,7 @@ class ReadTexts:
             for dtype in dict.fromkeys([layer.dtype, torch.float16, torch.bfloat16]):
                 for row, positions in zip(layer.detach().to(dtype), mask, strict=True):
                     self._masks[_digest(row)] = positions
-        while len(self._masks) > self.MOST * 64:
+        while len(self._masks) > self.MOST:
             self._masks.popitem(last=False)
 
     def mask(self, features: Tensor) -> Tensor:
@@ -310,7 +311,7 @@ class GatedUNet:
         self.scales = list(scales)
         self._layers = list(layers)
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
-        self._unet = unet
+        self._attention = [module for name, module in unet.named_modules() if name.endswith("attn2")]
         self._hooks = [unet.register_forward_pre_hook(self._find, with_kwargs=True)]
         self._hooks += [module.register_forward_hook(partial(self._add, name, n)) for module, name, n in layers]
 
@@ -324,7 +325,7 @@ class GatedUNet:
         self.texts.remove()
 
     def _find(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(getattr(module, "fused_projections", False) for module in self._attention()):
+        if any(getattr(module, "fused_projections", False) for module in self._attention):
             raise UserError("fuse_qkv_projections() passes gated concepts by: unfuse_qkv_projections() first")
         features = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         mask = self.texts.mask(features)
@@ -333,9 +334,6 @@ class GatedUNet:
             rows, positions = mask[..., number].nonzero(as_tuple=True)
             if len(rows) and scale:
                 self._places[number] = (rows, positions)
-
-    def _attention(self) -> list[Any]:
-        return [module for name, module in self._unet.named_modules() if name.endswith("attn2")]
 
     @torch.no_grad()
     def _add(self, name: str, number: int, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -346,3 +344,21 @@ class GatedUNet:
             raise UserError("this pipeline splits what its UNet is told, which gated concepts cannot follow")
         change = getattr(module, name).to(features.device, features.dtype)
         return output.index_put(places, self.scales[number] * (features[places] @ change.T), accumulate=True)
+
+
+@contextmanager
+def gates_beside_features(unet: Any, text_encoder: Any, gate: TokenGate) -> Iterator[None]:
+    """Within, a UNet in training finds the gate behind the text features, where a pipeline gives it features alone."""
+    texts = ReadTexts(gate, text_encoder)
+
+    def widen(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        features = kwargs["encoder_hidden_states"]
+        wide = torch.cat([features, texts.mask(features).to(features)], dim=-1)
+        return args, kwargs | {"encoder_hidden_states": wide}
+
+    hook = unet.register_forward_pre_hook(widen, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        texts.remove()
