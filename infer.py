@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if len(args.scale) not in (1, len(args.model_dir)):
-        parser.error(f"--scale has {len(args.scale)} values for {len(args.model_dir)} --model_dir: give one, or as many")
+        parser.error(f"--scale has {len(args.scale)} values, --model_dir {len(args.model_dir)}: give one, or as many")
     args.scale = args.scale[0] if len(args.scale) == 1 else args.scale
     for name in ("height", "width"):
         if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):

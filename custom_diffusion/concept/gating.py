@@ -179,7 +179,8 @@ class TokenGate:
             for one in concepts
         ]
         self._pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
-        self._special = set(tokenizer.all_special_ids)
+        # New words of others too, such as textual inversions.
+        self._no_words = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
     def mask(self, ids: Tensor) -> Tensor:
         """Where each concept acts: (N, length) ids to (N, length, concepts), bool, on the device of the ids."""
@@ -202,7 +203,7 @@ class TokenGate:
         for number in rest:
             piece = self._pieces.get(number, "")
             is_word = any(character.isalnum() for character in piece.removesuffix(END_OF_WORD))
-            if number in self._special or number in self._every_modifier or not is_word:
+            if number in self._no_words or not is_word:
                 break
             length += 1
             if piece.endswith(END_OF_WORD):
