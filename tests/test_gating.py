@@ -232,7 +232,6 @@ def test_embeddings_of_the_pipeline_are_known_and_others_refused(cat: Path, pipe
         ).images,
         known,
     )  # fmt: skip
-    assert torch.equal(draw(pipeline, "a <new1> cat", clip_skip=1), draw(pipeline, "a <new1> cat", clip_skip=1))
     with pytest.raises(UserError, match="not made by this pipeline's text encoder"):
         pipeline(prompt_embeds=positive * 1.1, negative_prompt_embeds=negative, num_inference_steps=1)
 
