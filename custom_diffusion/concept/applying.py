@@ -110,26 +110,17 @@ def apply_concepts(
         UserError: where a concept does not fit the pipeline or the others, or something is in its way, such as a LoRA
             that is fused or weights that are offloaded; nothing is changed then.
     """
-    scales = [float(scale)] * len(concepts) if isinstance(scale, int | float) else [float(one) for one in scale]
-    if len(scales) != len(concepts):
-        raise UserError(f"there are {len(scales)} scales for {len(concepts)} concepts: give one, or one for each")
+    scales = _scales(scale, len(concepts))
     attention, tokens = _combine(concepts)
     family = family_of(pipeline.components, "this pipeline's model")
-    missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
-    if missing:
-        raise UserError(f"this pipeline has no {missing[0]}: load it whole, a concept changes UNet and text encoders")
+    _check_whole(pipeline, family)
     unet = unwrapped(pipeline.unet)
     if getattr(unet, _MARK, False):
         raise UserError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
     here = repr(getattr(pipeline, "name_or_path", None) or "this pipeline's model")
     _check_no_lost_lora(pipeline, unet)
     projections = {key: _fitting_projection(unet, key, *owned, here) for key, owned in attention.items()}
-    gated = {
-        key: _fitting_projection(unet, key, weight, concept, here, gated=True)
-        for concept in concepts
-        for gate in concept.gates
-        for key, weight in gate.whole().items()
-    }
+    gated = _gated_projections(unet, concepts, here)
     tokenizers, text_encoders = text_models_of(family, pipeline)
     check_tokens(tokens, family, tokenizers, text_encoders, here)
     for text_encoder in text_encoders.values() if tokens else ():
@@ -139,8 +130,8 @@ def apply_concepts(
     try:
         for key, projection in projections.items():
             weight, owner = attention[key]
-            own_scale = scales[next(number for number, one in enumerate(concepts) if one is owner)]
-            projection.learn(weight, own_scale, is_difference=key in owner.differences)
+            own = next(own for own, concept in zip(scales, concepts, strict=True) if concept is owner)
+            projection.learn(weight, own, is_difference=key in owner.differences)
         for name, tokenizer in tokenizers.items() if tokens else ():
             vectors = {token: own[name] for token, (own, _) in tokens.items()}
             applied._words.append(put_words(tokenizer, text_encoders[name], vectors))
@@ -152,6 +143,30 @@ def apply_concepts(
         raise
     setattr(unet, _MARK, True)
     return applied
+
+
+def _scales(scale: float | Sequence[float], count: int) -> list[float]:
+    """A scale for each of the concepts."""
+    scales = [float(scale)] * count if isinstance(scale, int | float) else [float(one) for one in scale]
+    if len(scales) != count:
+        raise UserError(f"there are {len(scales)} scales for {count} concepts: give one, or one for each")
+    return scales
+
+
+def _check_whole(pipeline: DiffusionPipeline, family: Family) -> None:
+    missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
+    if missing:
+        raise UserError(f"this pipeline has no {missing[0]}: load it whole, a concept changes UNet and text encoders")
+
+
+def _gated_projections(unet: Any, concepts: Sequence[Concept], here: str) -> dict[str, Projection]:
+    """The projections behind which gated concepts act, by their keys."""
+    return {
+        key: _fitting_projection(unet, key, weight, concept, here, gated=True)
+        for concept in concepts
+        for gate in concept.gates
+        for key, weight in gate.whole().items()
+    }
 
 
 def _gate(
