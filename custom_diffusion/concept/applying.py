@@ -89,10 +89,8 @@ def apply_concepts(
     image-to-image, ControlNet or LoRA pipelines work as they do on the base model. Pipelines that share these models
     (``from_pipe``, ``**pipeline.components``) share the concept, whether they are made before or after.
 
-    Concepts that act at their own words alone (``--token_gate``) leave the projections as they are: their changes are
-    added behind them, at these words. Any number of them can be applied, trained apart or together; prompts without
-    the words give the base model's images. ``prompt_embeds`` must come from this pipeline's ``encode_prompt``, after
-    the concepts were applied.
+    Concepts with ``--token_gate`` leave the projections as they are; their changes are added behind them, at their own
+    words. ``prompt_embeds`` must come from this pipeline's ``encode_prompt``, after the concepts were applied.
 
     ``cross_attention_kwargs={"scale": ...}`` of a pipeline's call has no effect on a concept; it is for LoRAs.
 
@@ -100,8 +98,7 @@ def apply_concepts(
         pipeline: one of diffusers', of a family that :mod:`custom_diffusion.models.families` knows.
         concepts: several must agree wherever they trained the same projections (merging is another matter).
         scale: 0 keeps the base model's projections, 1 takes the learned ones, between and beyond blends linearly.
-            Token embeddings have no counterpart in the base model and always go in whole. One for all concepts, or one
-            for each.
+            Token embeddings have no counterpart in the base model and always go in whole. One, or one for each.
 
     Returns:
         A handle whose ``remove()`` restores the pipeline exactly.
@@ -136,8 +133,7 @@ def apply_concepts(
             vectors = {token: own[name] for token, (own, _) in tokens.items()}
             applied._words.append(put_words(tokenizer, text_encoders[name], vectors))
         if gated:
-            first = family.text_encoders[0].name
-            applied._gated = _gate(unet, gated, tokenizers[first], text_encoders[first], concepts, scales)
+            applied._gated = _gate(unet, gated, family, pipeline, concepts, scales)
     except BaseException:  # such as Ctrl-C, or a GPU without memory for the originals
         applied._take_out()
         raise
@@ -172,14 +168,16 @@ def _gated_projections(unet: Any, concepts: Sequence[Concept], here: str) -> dic
 def _gate(
     unet: Any,
     projections: Mapping[str, Projection],
-    tokenizer: Any,
-    text_encoder: Any,
+    family: Family,
+    pipeline: DiffusionPipeline,
     concepts: Sequence[Concept],
     scales: Sequence[float],
 ) -> GatedUNet:
     """Let gated concepts act at their words, which the tokenizer knows by now."""
     gates = [(gate, scale) for concept, scale in zip(concepts, scales, strict=True) for gate in concept.gates]
-    texts = ReadTexts(TokenGate(tokenizer, [gate.words for gate, _ in gates]), text_encoder)
+    first, (tokenizers, text_encoders) = family.text_encoders[0].name, text_models_of(family, pipeline)
+    gate_of_all = TokenGate(tokenizers[first], [gate.words for gate, _ in gates])
+    texts = ReadTexts(gate_of_all, text_encoders[first])
     layers = []
     for number, (gate, _) in enumerate(gates):
         for key, change in gate.whole().items():
