@@ -86,8 +86,9 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
             if not entry[key].isprintable():
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
         concept = ConceptEntry(**{key: entry[key] for key in needed})
-        if getattr(args, "token_gate", False) and not concept.class_prompt and isinstance(entry.get("class_prompt"), str):
-            concept = replace(concept, class_prompt=entry["class_prompt"])
+        class_prompt = entry.get("class_prompt")
+        if getattr(args, "token_gate", False) and isinstance(class_prompt, str):
+            concept = replace(concept, class_prompt=class_prompt)
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
     if args.with_prior_preservation and not args.real_prior:
         check_class_folders([concept.class_folder for concept in concepts])
