@@ -98,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     concept = load_concept(args.model_dir)
+    if concept.gates:
+        raise UserError(
+            f"{concept.source!r} acts at its own words alone (--token_gate), which no other format can express: use it "
+            "with infer.py or apply_concepts, or train it without --token_gate"
+        )
     compressed = args.rank is not None or args.energy is not None
     originals: dict[str, Tensor] = {}
     base_model = None

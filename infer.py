@@ -54,7 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Leave out the base model's safety checker, if it has one; read its licence first.")
     add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU and fp32 on a CPU.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
-    add("--scale", type=float, default=1.0, help="Strength of the learned weights: 0 is the base model's attention.")
+    add("--scale", type=float, nargs="+", default=[1.0],
+        help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
     add("--output_dir", default="samples", help="Where the images are written; none there is replaced.")
     args = parse_with_config(parser, argv)
 
@@ -70,6 +71,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if len(args.scale) not in (1, len(args.model_dir)):
+        parser.error(f"--scale has {len(args.scale)} values, --model_dir {len(args.model_dir)}: give one, or as many")
+    args.scale = args.scale[0] if len(args.scale) == 1 else args.scale
     for name in ("height", "width"):
         if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):
             parser.error(f"--{name} {getattr(args, name)} is no multiple of 8, which the VAE needs")

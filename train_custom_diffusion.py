@@ -144,6 +144,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="Processes that load images; the result is the same for any number.")
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
+    add("--token_gate", **is_on,
+        help="What is learned acts at the concept's own words alone: the modifier token and its class words. Prompts "
+        "without them give the base model's images, and concepts are applied together without merging. Needs no class "
+        "images; keys and values alone.")
     add("--rank", type=positive_int,
         help="Train a change of this rank beside each projection, such as 16, rather than the projection: smaller "
         "files, checkpoints and optimizer states. If not given, whole projections.")
@@ -228,6 +232,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settle_optimizer(parser, args, given)
     if args.rank_alpha is not None and args.rank is None:
         parser.error("--rank_alpha has no meaning without --rank: leave it out")
+    if args.token_gate and args.modifier_token is None:
+        parser.error("--token_gate acts at a new word: give --modifier_token")
+    if args.token_gate and args.freeze_model == "crossattn":
+        parser.error("--token_gate gates keys and values; queries and outputs see no words: leave out --freeze_model")
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
             parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
@@ -358,6 +366,7 @@ from custom_diffusion.data.images import find_class_images, find_instance_images
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
 from custom_diffusion.training.attention import check_rank, train_attention
 from custom_diffusion.training.checkpoints import find_checkpoint
+from custom_diffusion.training.gate import build_gate
 from custom_diffusion.training.lock import unlocks_folders
 from custom_diffusion.training.objective import CustomDiffusion
 from custom_diffusion.training.optimizers import build_optimizer
@@ -405,7 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
     check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
-    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes)
+    gate = build_gate(concepts, instance_images, tokens, tokenizers) if args.token_gate else None
+    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes, gate)
     open_output_dir(args, settings, checkpoint, accelerator)
 
     # Without real class images, the base model draws its own idea of each class.
@@ -422,10 +432,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text_encoders = base_model.text_encoders(configuration.family)
     train_new_words(text_encoders, modifier_tokens)
     unet = base_model.unet()
-    train_attention(unet, args)
+    train_attention(unet, args, 0 if gate is None else len(gate.concepts))
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
     parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)
-    model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma)
+    model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma, gate)
     fit_to_machine(model, args, accelerator, configuration.latent_size)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
     lr_scheduler = build_schedule(args, optimizer, steps.stop)

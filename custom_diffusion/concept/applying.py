@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from custom_diffusion.concept.files import Concept
+from custom_diffusion.concept.gating import GatedUNet, ReadTexts, TokenGate
 from custom_diffusion.concept.projections import check_shape, refuse_other_model
 from custom_diffusion.concept.unet import Projection, find_projection, lora_is_fused, unwrapped
 from custom_diffusion.errors import UserError
@@ -45,6 +46,7 @@ class AppliedConcept:
     _unet: Any = field(repr=False)
     _keys: list[str] = field(repr=False)
     _words: list[AddedWords] = field(repr=False)
+    _gated: GatedUNet | None = field(default=None, repr=False)
     _removed: bool = field(default=False, repr=False)
 
     def remove(self) -> None:
@@ -67,6 +69,8 @@ class AppliedConcept:
         self._take_out()
 
     def _take_out(self) -> None:
+        if self._gated is not None:
+            self._gated.remove()
         for projection in (find_projection(self._unet, key) for key in self._keys):
             projection.restore()
         for words in self._words:
@@ -75,7 +79,9 @@ class AppliedConcept:
         self._removed = True
 
 
-def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float = 1.0) -> AppliedConcept:
+def apply_concepts(
+    pipeline: DiffusionPipeline, *concepts: Concept, scale: float | Sequence[float] = 1.0
+) -> AppliedConcept:
     """Put one or several concepts into any pipeline of the Stable Diffusion family.
 
     The learned keys and values (and queries and outputs) are copied into the UNet's own ``attn2`` projections and
@@ -83,13 +89,16 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
     image-to-image, ControlNet or LoRA pipelines work as they do on the base model. Pipelines that share these models
     (``from_pipe``, ``**pipeline.components``) share the concept, whether they are made before or after.
 
+    Concepts with ``--token_gate`` leave the projections as they are; their changes are added behind them, at their own
+    words. ``prompt_embeds`` must come from this pipeline's ``encode_prompt``, after the concepts were applied.
+
     ``cross_attention_kwargs={"scale": ...}`` of a pipeline's call has no effect on a concept; it is for LoRAs.
 
     Args:
         pipeline: one of diffusers', of a family that :mod:`custom_diffusion.models.families` knows.
         concepts: several must agree wherever they trained the same projections (merging is another matter).
         scale: 0 keeps the base model's projections, 1 takes the learned ones, between and beyond blends linearly.
-            Token embeddings have no counterpart in the base model and always go in whole.
+            Token embeddings have no counterpart in the base model and always go in whole. One, or one for each.
 
     Returns:
         A handle whose ``remove()`` restores the pipeline exactly.
@@ -98,17 +107,17 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
         UserError: where a concept does not fit the pipeline or the others, or something is in its way, such as a LoRA
             that is fused or weights that are offloaded; nothing is changed then.
     """
+    scales = _scales(scale, len(concepts))
     attention, tokens = _combine(concepts)
     family = family_of(pipeline.components, "this pipeline's model")
-    missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
-    if missing:
-        raise UserError(f"this pipeline has no {missing[0]}: load it whole, a concept changes UNet and text encoders")
+    _check_whole(pipeline, family)
     unet = unwrapped(pipeline.unet)
     if getattr(unet, _MARK, False):
         raise UserError("this pipeline already has a concept: remove() it first, or apply all of them in one call")
     here = repr(getattr(pipeline, "name_or_path", None) or "this pipeline's model")
     _check_no_lost_lora(pipeline, unet)
     projections = {key: _fitting_projection(unet, key, *owned, here) for key, owned in attention.items()}
+    gated = _gated_projections(unet, concepts, here)
     tokenizers, text_encoders = text_models_of(family, pipeline)
     check_tokens(tokens, family, tokenizers, text_encoders, here)
     for text_encoder in text_encoders.values() if tokens else ():
@@ -118,15 +127,64 @@ def apply_concepts(pipeline: DiffusionPipeline, *concepts: Concept, scale: float
     try:
         for key, projection in projections.items():
             weight, owner = attention[key]
-            projection.learn(weight, scale, is_difference=key in owner.differences)
+            own = next(own for own, concept in zip(scales, concepts, strict=True) if concept is owner)
+            projection.learn(weight, own, is_difference=key in owner.differences)
         for name, tokenizer in tokenizers.items() if tokens else ():
             vectors = {token: own[name] for token, (own, _) in tokens.items()}
             applied._words.append(put_words(tokenizer, text_encoders[name], vectors))
+        if gated:
+            applied._gated = _gate(unet, gated, family, pipeline, concepts, scales)
     except BaseException:  # such as Ctrl-C, or a GPU without memory for the originals
         applied._take_out()
         raise
     setattr(unet, _MARK, True)
     return applied
+
+
+def _scales(scale: float | Sequence[float], count: int) -> list[float]:
+    """A scale for each of the concepts."""
+    scales = [float(scale)] * count if isinstance(scale, int | float) else [float(one) for one in scale]
+    if len(scales) != count:
+        raise UserError(f"there are {len(scales)} scales for {count} concepts: give one, or one for each")
+    return scales
+
+
+def _check_whole(pipeline: DiffusionPipeline, family: Family) -> None:
+    missing = [name for name in ("unet", *_text_parts(family)) if getattr(pipeline, name, None) is None]
+    if missing:
+        raise UserError(f"this pipeline has no {missing[0]}: load it whole, a concept changes UNet and text encoders")
+
+
+def _gated_projections(unet: Any, concepts: Sequence[Concept], here: str) -> dict[str, Projection]:
+    """The projections behind which gated concepts act, by their keys."""
+    return {
+        key: _fitting_projection(unet, key, weight, concept, here, gated=True)
+        for concept in concepts
+        for gate in concept.gates
+        for key, weight in gate.whole().items()
+    }
+
+
+def _gate(
+    unet: Any,
+    projections: Mapping[str, Projection],
+    family: Family,
+    pipeline: DiffusionPipeline,
+    concepts: Sequence[Concept],
+    scales: Sequence[float],
+) -> GatedUNet:
+    """Let gated concepts act at their words, which the tokenizer knows by now."""
+    gates = [(gate, scale) for concept, scale in zip(concepts, scales, strict=True) for gate in concept.gates]
+    first, (tokenizers, text_encoders) = family.text_encoders[0].name, text_models_of(family, pipeline)
+    gate_of_all = TokenGate(tokenizers[first], [gate.words for gate, _ in gates])
+    texts = ReadTexts(gate_of_all, text_encoders[first])
+    layers = []
+    for number, (gate, _) in enumerate(gates):
+        for key, change in gate.whole().items():
+            parameter, module, name = projections[key].parameter, projections[key].linear, f"gated_change_{number}"
+            module.register_buffer(name, change.to(parameter.device, parameter.dtype), persistent=False)
+            layers.append((module, name, number))
+    return GatedUNet(unet, texts, layers, [scale for _, scale in gates])
 
 
 def check_tokens(
@@ -174,6 +232,11 @@ def _combine(
     for concept in concepts:
         for token, vectors in concept.tokens.items():
             known = next((one for one in tokens if one.lower() == token.lower()), None)  # as tokenizers read them
+            if known is not None and (concept.gates or tokens[known][1].gates):
+                raise UserError(
+                    f"{known!r} is a token of {tokens[known][1].source!r} and of {concept.source!r}: train one of them "
+                    "with another --modifier_token"
+                )
             if known is not None:
                 raise UserError(
                     f"{known!r} is a token of {tokens[known][1].source!r} and of {concept.source!r}: "
@@ -191,13 +254,15 @@ def _combine(
     return attention, tokens
 
 
-def _fitting_projection(unet: Any, key: str, weight: Tensor, concept: Concept, here: str) -> Projection:
+def _fitting_projection(
+    unet: Any, key: str, weight: Tensor, concept: Concept, here: str, gated: bool = False
+) -> Projection:
     try:
         projection = find_projection(unet, key)
     except AttributeError:
         refuse_other_model(concept, f"{here} has no {key.split('.processor.')[0]}")
     check_shape(concept, key.split(".processor.")[1], weight, projection.parameter, here)
-    projection.check_free()
+    projection.check_free(may_be_fused=gated)
     return projection
 
 

@@ -77,9 +77,30 @@ With the project that made it, in its folder; the path of this one, or its name 
 python infer.py --model_dir this-folder --prompt "{prompt}"
 ```
 
-{_low_rank_use(concept, prompt) if concept.differences else _use_of_whole_projections(concept, prompt, ending)}
+{_use_in_python(concept, prompt, ending)}
 `cross_attention_kwargs={{"scale": ...}}` has no effect on these weights: it is for LoRAs. `infer.py --scale` blends
 them with the base model's.
+"""
+
+
+def _use_in_python(concept: Concept, prompt: str, ending: str) -> str:
+    if concept.gates:
+        return _gated_use(concept, prompt)
+    return _low_rank_use(concept, prompt) if concept.differences else _use_of_whole_projections(concept, prompt, ending)
+
+
+def _gated_use(concept: Concept, prompt: str) -> str:
+    """How Python loads a concept that acts at its own words alone."""
+    return f"""The attention weights act at the concept's own words alone (`--token_gate`), and prompts without them
+give the base model's images:
+
+{_lines(f"- {gate.words}" for gate in concept.gates)}
+
+diffusers' `load_attn_procs` and other programs' loaders cannot express that, and do not read the file. In Python, with
+the project's package (`pip install .` in its folder):
+
+{_python_use(concept, prompt)}
+Several such concepts are applied together without merging: `apply_concepts(pipeline, one, another)`.
 """
 
 
@@ -109,13 +130,10 @@ pipeline.unet.load_attn_procs(model, weight_name="{WEIGHTS_STEM}.{ending}", _pip
 """
 
 
-def _low_rank_use(concept: Concept, prompt: str) -> str:
-    """How Python loads a concept with low-rank factors, which diffusers' own loaders do not read."""
+def _python_use(concept: Concept, prompt: str) -> str:
+    """Python that loads a concept with the project's package."""
     imports, options = _loading(concept, ", dtype=torch.float16")
-    return f"""The attention weights are factors of a low-rank change (`--rank`), which diffusers' `load_attn_procs`
-does not read. In Python, with the project's package (`pip install .` in its folder):
-
-```python
+    return f"""```python
 import torch
 from diffusers import DiffusionPipeline
 {imports}
@@ -127,7 +145,15 @@ pipeline = DiffusionPipeline.from_pretrained(base_model, dtype=torch.float16{opt
 apply_concepts(pipeline, load_concept(model))
 image = pipeline("{prompt}", num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]
 ```
+"""
 
+
+def _low_rank_use(concept: Concept, prompt: str) -> str:
+    """How Python loads a concept with low-rank factors, which diffusers' own loaders do not read."""
+    return f"""The attention weights are factors of a low-rank change (`--rank`), which diffusers' `load_attn_procs`
+does not read. In Python, with the project's package (`pip install .` in its folder):
+
+{_python_use(concept, prompt)}
 For diffusers alone, ComfyUI, AUTOMATIC1111 and other programs, make a LoRA of it; nothing is lost:
 
 ```bash

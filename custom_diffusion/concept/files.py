@@ -4,7 +4,8 @@ This module is the only place that knows our own format. A concept is a folder (
 
 - ``pytorch_custom_diffusion_weights.safetensors`` and/or ``.bin``: the trained cross-attention
   projections, under the keys of diffusers' Custom Diffusion processors
-  (or, where these were trained as a change of low rank, its factors: :mod:`low_rank` has their keys);
+  (or, where these were trained as a change of low rank, its factors: :mod:`low_rank` has their keys; or, where they
+  act at the concept's own words alone, their changes and these words: :mod:`gating` has the keys);
 - ``<new1>.safetensors`` and/or ``.bin``, one per modifier token: ``{"<new1>": vector of shape (width,)}``, or where
   the base model has several text encoders, as Stable Diffusion XL has, a vector of shape (1, width) for each:
   ``{"clip_l": ..., "clip_g": ...}``, as other programs name and read them;
@@ -29,6 +30,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from torch import Tensor
 
 from custom_diffusion.concept import formats
+from custom_diffusion.concept.gating import GATE_NAME, GatedWeights, gates_of, stored_gates
 from custom_diffusion.concept.low_rank import LowRank, is_low_rank, low_rank_of
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_by_name, write_whole
@@ -64,6 +66,7 @@ class Concept:
             base model's (``--rank``, and the authors' compressed files); :func:`complete` turns them into
             ``attention``.
         instance_prompt: what the card says of the prompts it was trained on.
+        gates: what acts at the words of one concept alone (``--token_gate``), for each concept.
     """
 
     attention: dict[str, Tensor]
@@ -76,6 +79,7 @@ class Concept:
     base_variant: str | None = None
     base_tokenizer: str | None = None
     base_vae: str | None = None
+    gates: tuple[GatedWeights, ...] = ()
 
     def trained_on(self, base_model: BaseModel) -> Concept:
         """The same concept, with all that it takes to load this base model."""
@@ -103,7 +107,8 @@ class Concept:
         """Everything that was learned, by name: projections, factors, and ``<new1> of text_encoder``."""
         vectors = {f"{token} of {name}": vector for token, own in self.tokens.items() for name, vector in own.items()}
         factors = {name: value for key, own in self.differences.items() for name, value in own.tensors(key).items()}
-        return self.attention | factors | vectors
+        gated = {name: value for n, gate in enumerate(self.gates) for name, value in gate.tensors(n).items()}
+        return self.attention | factors | gated | vectors
 
     def projections(self) -> list[str]:
         """The keys of all projections that were trained, whole or as a difference."""
@@ -161,6 +166,7 @@ def save_concept(
     weights = dict(concept.attention)
     for key, difference in concept.differences.items():
         weights |= difference.stored(key)
+    weights |= stored_gates(concept.gates)
     cpu = _to_save(weights)
     untrained = sorted({key.split(".attn2.")[0] + ".attn1.processor" for key in concept.attention})
     files = {token: _token_file(token, vectors) for token, vectors in concept.tokens.items()}
@@ -171,7 +177,8 @@ def save_concept(
             contents[WEIGHTS_STEM] = cpu | {name: torch.empty(0) for name in untrained}
         for stem, tensors in contents.items():
             # By name, which copies nothing: as bytes they would be in memory a second time.
-            save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
+            about = {GATE_NAME: "; ".join(str(gate.words) for gate in concept.gates)} if concept.gates else {}
+            save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"} | about)
             write_by_name(folder / f"{stem}.safetensors", save)
             written.append(f"{stem}.safetensors")
     if bin_too:
@@ -200,27 +207,33 @@ def load_concept(source: str | os.PathLike) -> Concept:
     folder = path if path.is_dir() else path.parent
     files = _weight_files(folder)
     delta = next((files[stem] for stem in DELTA_STEMS if stem in files), None)
+    gates: tuple[GatedWeights, ...] = ()
     if path.is_file():
         attention, differences, tokens = _read_delta(path)
     elif delta is not None and WEIGHTS_STEM not in files:
         attention, differences, tokens = _read_delta(delta)
     else:
-        attention, differences, tokens = _read_own_files(files)
-    if not attention and not differences and not tokens:
+        attention, differences, tokens, gates = _read_own_files(files)
+    if not attention and not differences and not tokens and not gates:
         raise UserError(
             f"no concept in {str(source)!r}: there is no {WEIGHTS_STEM}.safetensors or .bin, no token file and no "
             "delta.bin; give the --output_dir of a training run, one of its checkpoints, or a Hub repository"
         )
-    concept = Concept(attention, tokens, source=str(source), differences=differences, **_read_card(folder))
+    card = _read_card(folder)
+    concept = Concept(attention, tokens, source=str(source), differences=differences, gates=gates, **card)
     _check_finite(concept)
+    missing = [token for gate in gates for token in gate.words.tokens if token not in tokens]
+    if missing:
+        raise UserError(f"{str(source)!r} lacks the file of {missing[0]!r}, at which its weights act")
     return concept
 
 
 def _read_own_files(
     files: Mapping[str, Path],
-) -> tuple[dict[str, Tensor], dict[str, LowRank], dict[str, dict[str, Tensor]]]:
+) -> tuple[dict[str, Tensor], dict[str, LowRank], dict[str, dict[str, Tensor]], tuple[GatedWeights, ...]]:
     attention: dict[str, Tensor] = {}
     differences: dict[str, LowRank] = {}
+    gates: tuple[GatedWeights, ...] = ()
     tokens: dict[str, dict[str, Tensor]] = {}
     for stem, path in files.items():
         content = _read_tensors(path)
@@ -228,6 +241,7 @@ def _read_own_files(
             # Empty entries stand for processors that were not trained.
             content = {key: value for key, value in content.items() if len(value) > 0}
             try:
+                gates = gates_of(content)
                 differences = low_rank_of(content)
             except ValueError as error:
                 raise UserError(f"{path} {error}") from error
@@ -237,7 +251,7 @@ def _read_own_files(
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif vectors := _vectors_of_token(path, stem, content):
             tokens[stem] = vectors
-    return attention, differences, tokens
+    return attention, differences, tokens, gates
 
 
 def vectors_by_key(token: str, vectors: Mapping[str, Tensor]) -> dict[str | None, Tensor]:

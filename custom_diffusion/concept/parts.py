@@ -70,6 +70,11 @@ def check_mergeable(concept: Concept, first: Concept) -> None:
     Raises:
         UserError: for a concept without tokens or keys and values, or with other layers than the first one.
     """
+    if concept.gates:
+        raise UserError(
+            f"{concept.source!r} acts at its own words alone (--token_gate) and needs no merging: give all of them to "
+            "infer.py, which takes several --model_dir"
+        )
     keys, others = (set(c.projections()) for c in (concept, first))
     if any("to_q_custom" in key or "to_out_custom" in key for key in keys):
         raise UserError(

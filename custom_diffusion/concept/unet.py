@@ -48,13 +48,16 @@ class Projection:
         assert isinstance(parameter, Tensor)
         return parameter
 
-    def check_free(self) -> None:
+    def check_free(self, may_be_fused: bool = False) -> None:
         """Make sure that what is written here is what the UNet computes with, and can be taken back.
+
+        Args:
+            may_be_fused: whether a LoRA may be fused into it, as where nothing is written.
 
         Raises:
             UserError: where it is not.
         """
-        self._check_in_memory()
+        self._check_in_memory(may_be_fused)
         if hasattr(getattr(self.attention, "processor", None), "to_k_custom_diffusion"):
             raise UserError(
                 "this pipeline's UNet has the attention processors of load_attn_procs, which put aside its own "
@@ -76,13 +79,13 @@ class Projection:
         if not hasattr(self.linear, _ORIGINAL.format(self.name)):
             raise UserError("the UNet's projections are others than the concept was put into: it is out already")
 
-    def _check_in_memory(self) -> None:
+    def _check_in_memory(self, may_be_fused: bool = False) -> None:
         if self.parameter.is_meta:
             raise UserError(
                 "the UNet's weights are offloaded, not in memory: apply and remove concepts before "
                 "enable_sequential_cpu_offload(), or after remove_all_hooks()"
             )
-        if lora_is_fused(self.wrapper):
+        if lora_is_fused(self.wrapper) and not may_be_fused:
             raise UserError(
                 "a LoRA is fused into the projections that the concept changes: unfuse_lora() first; "
                 "it can be fused again afterwards"

@@ -69,7 +69,8 @@ def read_list(path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
 def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     """The concepts to learn, from ``--concepts_list`` or from the flags of a single one.
 
-    Class prompts and folders are read with prior preservation only.
+    Class prompts and folders are read with prior preservation only; class prompts also where ``--token_gate`` has a use
+    for them.
 
     Raises:
         UserError: for a list that is missing, broken or incomplete, for folders of instance and validation images that
@@ -77,7 +78,7 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     """
     needed = NEEDED_FOR_PRIOR if args.with_prior_preservation else NEEDED
     if args.concepts_list is None:
-        entries = [{key: getattr(args, key) for key in (*needed, "validation_data_dir")}]
+        entries = [{key: getattr(args, key) for key in (*NEEDED_FOR_PRIOR, "validation_data_dir")}]
     else:
         entries = read_list(args.concepts_list, needed)
     concepts = []
@@ -88,6 +89,9 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
             if not entry[key].isprintable():
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
         concept = ConceptEntry(**{key: entry[key] for key in needed}, validation_data_dir=_validation_folder(entry))
+        class_prompt = entry.get("class_prompt")
+        if getattr(args, "token_gate", False) and isinstance(class_prompt, str):
+            concept = replace(concept, class_prompt=class_prompt)
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
     if args.with_prior_preservation and not args.real_prior:
         check_class_folders([concept.class_folder for concept in concepts])

@@ -130,6 +130,76 @@ class LowRankAttnProcessor(CustomDiffusionAttnProcessor):
         return {}, differences
 
 
+class GatedAttnProcessor(CustomDiffusionAttnProcessor):
+    """Cross-attention with frozen projections, and for each concept a trainable change of its keys and values.
+
+    Each change acts at the positions of its concept's words alone (:mod:`concept.gating`). Which these are stands in
+    channels behind the text features, one for each concept: 1 where it acts, and 0 elsewhere. So it takes the way of
+    the features through caches, batches, processes and checkpointing.
+
+    Args:
+        attention: the layer.
+        concepts: how many there are.
+        use_xformers: xFormers' kernel rather than torch's.
+        rank, alpha: of the changes; whole matrices without a rank.
+        generator: gives the values that changes of low rank start from.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        concepts: int,
+        use_xformers: bool,
+        rank: int | None,
+        alpha: float | None,
+        generator: torch.Generator,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.train_q_out = False
+        self.use_xformers = use_xformers
+        self.alpha = float(rank or 0) if alpha is None else alpha
+        for name in ("to_k", "to_v"):
+            linear = getattr(attention, name)
+            changes = [
+                _zero_change(linear) if rank is None else LowRankChange(linear, rank, self.alpha, generator)
+                for _ in range(concepts)
+            ]
+            self.add_module(f"{name}_gated", nn.ModuleList(changes))
+
+    def project(self, attn: Attention, name: str, x: Tensor) -> Tensor:
+        """See :class:`CustomDiffusionAttnProcessor`; keys and values are of text features with a gate behind them."""
+        linear = _part(attn, name)
+        if name not in ("to_k", "to_v"):
+            return _project(linear, x)
+        features, gate = x.split([linear.in_features, x.shape[-1] - linear.in_features], dim=-1)
+        projected = _project(linear, features)
+        for number, change in enumerate(getattr(self, f"{name}_gated")):
+            learned = change(features) if isinstance(change, LowRankChange) else _project(change, features)
+            projected = projected + gate[..., number : number + 1] * learned
+        return projected
+
+    def gated(self, name: str, number: int) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
+        """Changes and factors of :class:`concept.gating.GatedWeights` for one concept; the very tensors.
+
+        Args:
+            name: of this processor in the UNet.
+            number: of the concept.
+        """
+        changes, factors, layer = {}, {}, name.removesuffix(".processor")
+        for projection in ("to_k", "to_v"):
+            key = key_of_parameter(f"{layer}.{projection}.weight")
+            change = getattr(self, f"{projection}_gated")[number]
+            if isinstance(change, LowRankChange):
+                factors[key] = LowRank(change.up.weight.detach(), change.down.weight.detach(), self.alpha)
+            else:
+                changes[key] = change.weight.detach()
+        return changes, factors
+
+    def learned(self, name: str) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
+        """Nothing that acts everywhere; see :meth:`gated`."""
+        return {}, {}
+
+
 class LowRankChange(nn.Module):
     """``alpha / rank * up @ down``, added to what a frozen projection gives (LoRA, Hu et al. 2021, section 4.1).
 
@@ -168,6 +238,12 @@ def _trainable_copy(linear: nn.Linear) -> nn.Linear:
     return copy.requires_grad_(True)
 
 
+def _zero_change(linear: nn.Linear) -> nn.Linear:
+    change = nn.Linear(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+    nn.init.zeros_(change.weight)
+    return change
+
+
 def _project(linear: nn.Linear, x: Tensor) -> Tensor:
     """Apply a projection in the type of its input, whatever type its weights are kept in."""
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
@@ -197,11 +273,15 @@ def check_rank(rank: int | None, base_model: BaseModel) -> None:
         )
 
 
-def train_attention(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
-    """Make the cross-attention trainable as the command line says."""
+def train_attention(unet: UNet2DConditionModel, args: argparse.Namespace, gated: int = 0) -> None:
+    """Make the cross-attention trainable as the command line says.
+
+    Args:
+        gated: how many concepts get weights that act at their own words alone; 0 for weights that act everywhere.
+    """
     use_xformers = args.enable_xformers_memory_efficient_attention
     train_q_out = args.freeze_model == "crossattn"
-    swap_attention_processors(unet, train_q_out, use_xformers, args.rank, args.rank_alpha, args.seed)
+    swap_attention_processors(unet, train_q_out, use_xformers, args.rank, args.rank_alpha, args.seed, gated)
 
 
 def swap_attention_processors(
@@ -211,6 +291,7 @@ def swap_attention_processors(
     rank: int | None = None,
     alpha: float | None = None,
     seed: int = 0,
+    gated: int = 0,
 ) -> None:
     """Give every cross-attention layer (``attn2``) of the UNet trainable projections; self-attention stays as it is.
 
@@ -220,12 +301,15 @@ def swap_attention_processors(
         rank: train a change of this rank beside each projection, rather than a copy of it.
         alpha: what the change is multiplied by, times the rank; if not given, the rank.
         seed: of the values that the changes start from.
+        gated: train a change of keys and values for each of so many concepts, see :class:`GatedAttnProcessor`.
     """
     processors = dict(unet.attn_processors)
     generator = torch.Generator().manual_seed(seed)
     for name in processors:
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        if name.endswith("attn2.processor") and rank is not None:
+        if name.endswith("attn2.processor") and gated:
+            processors[name] = GatedAttnProcessor(attention, gated, use_xformers, rank, alpha, generator)
+        elif name.endswith("attn2.processor") and rank is not None:
             alpha = float(rank) if alpha is None else alpha
             options = (train_q_out, use_xformers, rank, alpha, generator)
             processors[name] = LowRankAttnProcessor(attention, *options)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from custom_diffusion.concept.files import Concept
+from custom_diffusion.concept.gating import GatedWeights, TokenGate
 from custom_diffusion.concept.low_rank import LowRank
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import release_pages
 from custom_diffusion.models.families import Conditioning, Family
-from custom_diffusion.training.attention import CustomDiffusionAttnProcessor
+from custom_diffusion.training.attention import CustomDiffusionAttnProcessor, GatedAttnProcessor
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
 from custom_diffusion.training.tokens import ModifierTokenEmbedding, ModifierTokens
 
@@ -93,6 +94,7 @@ class CustomDiffusion(nn.Module):
         modifier_tokens: see :func:`tokens.add_modifier_tokens`.
         prior_loss_weight: None without prior preservation.
         snr_gamma: of :func:`min_snr_weights`; None to weigh all timesteps alike.
+        gate: at which words each concept acts; None where all that is learned acts everywhere.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class CustomDiffusion(nn.Module):
         modifier_tokens: ModifierTokens,
         prior_loss_weight: float | None = None,
         snr_gamma: float | None = None,
+        gate: TokenGate | None = None,
     ) -> None:
         super().__init__()
         self.family = family
@@ -111,6 +114,7 @@ class CustomDiffusion(nn.Module):
         self.modifier_tokens = modifier_tokens
         self.prior_loss_weight = prior_loss_weight
         self.snr_gamma = snr_gamma
+        self.gate = gate
         self.text_encoders = nn.ModuleDict(dict(text_encoders))
         self.unet = unet
         keep_less(unet)
@@ -155,9 +159,17 @@ class CustomDiffusion(nn.Module):
         self.unet_forward = torch.compile(self.unet.forward, **options)
 
     def encode_prompts(self, input_ids: dict[str, Tensor]) -> Conditioning:
-        """Token ids per text encoder, (N, length), to the conditioning of N captions."""
+        """Token ids per text encoder, (N, length), to the conditioning of N captions.
+
+        Behind the features stands the gate, where there is one: (N, length, text width + concepts).
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.modifier_tokens.tokens)):
-            return self.family.encode(self.text_encoders, input_ids)
+            conditioning = self.family.encode(self.text_encoders, input_ids)
+        if self.gate is not None:
+            features = conditioning["features"]
+            mask = self.gate.mask(input_ids[self.family.text_encoders[0].name]).to(features)
+            conditioning["features"] = torch.cat([features, mask], dim=-1)
+        return conditioning
 
     def forward(
         self,
@@ -208,7 +220,19 @@ class CustomDiffusion(nn.Module):
                 embedding = next(part for part in text_encoder.modules() if isinstance(part, ModifierTokenEmbedding))
                 for token, row in zip(tokens, embedding.rows.weight.detach(), strict=True):
                     tokens[token][name] = row
-        return Concept(attention, tokens, base_model, differences=differences)
+        return Concept(attention, tokens, base_model, differences=differences, gates=self._gated())
+
+    def _gated(self) -> tuple[GatedWeights, ...]:
+        """What was learned for each concept's own words."""
+        gates = []
+        for number, words in enumerate(self.gate.concepts if self.gate is not None else ()):
+            gates.append(GatedWeights(words))
+            for name, processor in self.unet.attn_processors.items():
+                if isinstance(processor, GatedAttnProcessor):
+                    changes, factors = processor.gated(name, number)
+                    gates[-1].changes.update(changes)
+                    gates[-1].factors.update(factors)
+        return tuple(gates)
 
     @torch.no_grad()
     def restore(self, concept: Concept) -> None:

@@ -8,6 +8,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from custom_diffusion.command_line import DEFAULT_MODEL, one_or_several
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
+from custom_diffusion.concept.gating import gates_beside_features
 from custom_diffusion.files import write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
@@ -43,6 +45,7 @@ SHOWN_ON_CARD = (
 )  # fmt: skip
 # And those that it shows where they are not left at their defaults.
 SHOWN_WHERE_CHANGED = {
+    "token_gate": False,
     "rank": None,
     "rank_alpha": None,
     "optimizer": "adamw",
@@ -151,14 +154,15 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
     for prompt, number in jobs:
         # One at a time: validation should not need more memory than training.
         generator = torch.Generator().manual_seed(args.seed + number)
-        latents = pipeline(
-            prompt,
-            num_inference_steps=25,
-            height=args.resolution,
-            width=args.resolution,
-            generator=generator,
-            output_type="latent",
-        ).images
+        with gated_prompts(run):
+            latents = pipeline(
+                prompt,
+                num_inference_steps=25,
+                height=args.resolution,
+                width=args.resolution,
+                generator=generator,
+                output_type="latent",
+            ).images
         # Not by the pipeline, which would ask a VAE that is kept in fp32 for latents in another type.
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(decoded)
@@ -168,6 +172,15 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
         module.text_encoders.to("cpu")
     return_freed_memory()
     return images
+
+
+def gated_prompts(run: Run) -> AbstractContextManager[None]:
+    """Within, a pipeline of the models in memory finds at which words of its prompts the concepts act."""
+    module = run.module
+    if module.gate is None:
+        return nullcontext()
+    first = run.configuration.family.text_encoders[0].name
+    return gates_beside_features(module.unet, module.text_encoders[first], module.gate)
 
 
 def render_card(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from custom_diffusion.concept.gating import TokenGate
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes
@@ -20,7 +21,7 @@ SETTINGS_NAME = "training_settings.json"
 # What runs did that were made before there were these flags: they can still be resumed.
 BEFORE_THE_FLAG = {
     "padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw", "rank": None,
-    "rank_alpha": None, "aspect_buckets": False,
+    "rank_alpha": None, "aspect_buckets": False, "token_gate": False,
 }  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
@@ -47,6 +48,7 @@ def describe_settings(
     class_images: Sequence[tuple[Path, str]],
     concepts: Sequence[ConceptEntry],
     num_processes: int,
+    gate: TokenGate | None = None,
 ) -> dict[str, Any]:
     """All that decides what a run learns, as far as it is known before anything is made.
 
@@ -54,12 +56,15 @@ def describe_settings(
         instance_images: the instance images with their prompts.
         class_images: alike, as far as they are there already.
         concepts: with prior preservation, each with ``class_prompt``.
+        gate: at which words each concept acts.
     """
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     del settings["train_batch_size"], settings["gradient_accumulation_steps"]
     settings["instance_pictures"] = [[path.name, prompt] for path, prompt in instance_images]
     settings["instance_contents"] = [digest_of_file(path) for path, _ in instance_images]
+    if gate is not None:
+        settings["token_gate"] = [[list(one.tokens), list(one.classes)] for one in gate.concepts]
     if args.with_prior_preservation:
         settings["class_prompts"] = [concept.class_prompt for concept in concepts]
     if class_images:

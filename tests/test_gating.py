@@ -1,0 +1,337 @@
+"""Concepts that act at their own words alone: at which positions, in training, in files and in pipelines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
+
+import export
+import merge
+from custom_diffusion import UserError, apply_concepts, load_concept, save_concept
+from custom_diffusion.concept.files import WEIGHTS_STEM
+from custom_diffusion.concept.gating import GatedWords, TokenGate, class_of
+from tests.conftest import MakeOnce, draw_images, flags, prepare, train
+
+CAT, POT = GatedWords(("<new1>",), ("cat",)), GatedWords(("<new2>",), ("wooden pot",))
+
+
+@pytest.fixture(scope="module")
+def words(base_model: Path) -> CLIPTokenizer:
+    tokenizer = CLIPTokenizer.from_pretrained(base_model / "tokenizer")
+    tokenizer.add_tokens(["<new1>", "<new2>"])
+    return tokenizer
+
+
+def gated(tokenizer: CLIPTokenizer, prompt: str, *concepts: GatedWords) -> list[list[str]]:
+    """The tokens at which each concept acts."""
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    mask = TokenGate(tokenizer, concepts).mask(ids)
+    assert mask.shape == (1, 77, len(concepts))
+    pieces = tokenizer.convert_ids_to_tokens(ids[0])
+    return [
+        [piece.removesuffix("</w>") for piece, on in zip(pieces, row, strict=True) if on] for row in mask[0].T.tolist()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("photo of a <new1> cat", ["<new1>", "cat"]),
+        ("a <NEW1> Cat, on grass", ["<new1>", "cat"]),
+        ("two <new1> cats.", ["<new1>", "cats"]),
+        ("the <new1>'s eyes", ["<new1>"]),
+        ("a <new1>, cat", ["<new1>"]),
+        ("a <new1>", ["<new1>"]),
+        ("a <new1> sitting cat", ["<new1>"]),
+        ("a <new1> cat and a <new1> cat", ["<new1>", "cat"] * 2),
+        ("a cat on the grass", []),
+        ("", []),
+        ("cat " * 74 + "<new1> cat", ["<new1>"]),
+        ("cat " * 75 + "<new1> cat", []),
+    ],
+)
+def test_a_concept_acts_at_its_words(words: CLIPTokenizer, prompt: str, expected: list[str]) -> None:
+    assert gated(words, prompt, CAT) == [expected]
+
+
+def test_each_concept_acts_at_its_own_words(words: CLIPTokenizer) -> None:
+    prompt = "a <new1> cat in two <new2> wooden pots beside a cat and a wooden pot"
+    assert gated(words, prompt, CAT, POT) == [["<new1>", "cat"], ["<new2>", "wooden", "pots"]]
+
+
+def test_a_word_of_several_tokens_is_gated_whole(words: CLIPTokenizer) -> None:
+    pieces = [piece.removesuffix("</w>") for piece in words.tokenize("tortoiseplushie")]
+    assert len(pieces) > 1
+    for classes in (("tortoiseplushie",), ()):
+        own = GatedWords(("<new1>",), classes)
+        assert gated(words, "a <new1> tortoiseplushie on grass", own) == [["<new1>", *pieces]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("<new1> kitten on grass", ["<new1>", "kitten"]), ("<new1>, kitten", ["<new1>"]), ("<new1> <new2>", ["<new1>"])],
+)
+def test_without_class_words_it_is_the_word_that_follows(
+    words: CLIPTokenizer, prompt: str, expected: list[str]
+) -> None:
+    assert gated(words, prompt, GatedWords(("<new1>",)))[0] == expected
+
+
+def test_the_class_words_are_those_of_a_class_prompt() -> None:
+    assert [class_of(text) for text in ("cat", "a photo of a wooden pot", "The Cat")] == ["cat", "wooden pot", "cat"]
+
+
+# --- trained -------------------------------------------------------------------------------------
+
+
+def train_gated(base_model: Path, images: Path, folder: Path, **more: Any) -> None:
+    options = {"token_gate": True, "learning_rate": 1e-2, "max_train_steps": 3, "checkpointing_steps": 2}
+    train(flags(base_model, images, folder / "out", **(options | more)))
+
+
+@pytest.fixture(scope="module")
+def cat(base_model: Path, images: Path, make_once: MakeOnce) -> Path:
+    options = {"validation_prompt": "<new1> cat in a bucket", "validation_steps": 2, "num_validation_images": 1}
+    return make_once("gated-cat", lambda folder: train_gated(base_model, images, folder, **options)) / "out"
+
+
+@pytest.fixture(scope="module")
+def plant(base_model: Path, images: Path, make_once: MakeOnce) -> Path:
+    options = {"modifier_token": "<new2>", "instance_prompt": "photo of a <new2> plant", "rank": 2, "seed": 7}
+    return make_once("gated-plant", lambda folder: train_gated(base_model, images, folder, **options)) / "out"
+
+
+@pytest.fixture
+def pipeline(base_model: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(base_model, safety_checker=None)
+
+
+def draw(pipeline: Any, prompts: str | Sequence[str], **more: Any) -> torch.Tensor:
+    count = 1 if isinstance(prompts, str) else len(prompts)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64, "guidance_scale": 4.0}
+    generators = [torch.Generator().manual_seed(n) for n in range(count)]
+    return pipeline(prompts, generator=generators, **(options | more)).images
+
+
+def test_the_file_says_where_a_concept_acts(cat: Path, plant: Path, tmp_path: Path) -> None:
+    for folder, words in ((cat, GatedWords(("<new1>",), ("cat",))), (plant, GatedWords(("<new2>",), ("plant",)))):
+        concept = load_concept(folder)
+        assert [gate.words for gate in concept.gates] == [words]
+        assert not concept.projections()
+        assert any(change.abs().max() > 0 for change in concept.gates[0].whole().values())
+        assert str(words) in (folder / "README.md").read_text()
+        with safetensors.safe_open(folder / f"{WEIGHTS_STEM}.safetensors", "pt") as file:
+            assert file.metadata()["token_gate"] == str(words)
+        save_concept(concept, tmp_path / folder.parent.name, safetensors_too=False)
+        again = load_concept(tmp_path / folder.parent.name)
+        assert again.gates[0].words == words
+        assert all(torch.equal(value, again.tensors()[name]) for name, value in concept.tensors().items())
+
+
+def test_a_prompt_without_the_new_word_gives_the_base_models_image(
+    cat: Path, plant: Path, pipeline: StableDiffusionPipeline
+) -> None:
+    other, own = "a cat in a bucket", "a <new1> cat in a bucket"
+    before = draw(pipeline, other)
+    applied = apply_concepts(pipeline, load_concept(cat), load_concept(plant))
+    assert torch.equal(draw(pipeline, other), before)
+    assert torch.equal(draw(pipeline, other, negative_prompt="a dog"), draw(pipeline, other, negative_prompt="a dog"))
+    one = draw(pipeline, own)
+    assert not torch.allclose(one, before, atol=1e-3)
+    # A batch has each prompt's image.
+    both = draw(pipeline, [own, other])
+    torch.testing.assert_close(both[0], one[0], atol=1e-4, rtol=0)
+    applied.remove()
+    assert torch.equal(draw(pipeline, other), before)
+    assert not pipeline.unet._forward_pre_hooks
+    assert not any("gated" in name for name, _ in pipeline.unet.named_buffers())
+
+
+def test_concepts_that_were_trained_apart_do_not_touch_each_other(
+    cat: Path, plant: Path, pipeline: StableDiffusionPipeline
+) -> None:
+    own, both = "a <new1> cat in a bucket", "a <new1> cat beside a <new2> plant"
+    applied = apply_concepts(pipeline, load_concept(cat))
+    alone = draw(pipeline, own)
+    applied.remove()
+    applied = apply_concepts(pipeline, load_concept(cat), load_concept(plant))
+    assert torch.equal(draw(pipeline, own), alone)
+    together = draw(pipeline, both)
+    applied.remove()
+    apply_concepts(pipeline, load_concept(cat), load_concept(plant), scale=[1.0, 0.0])
+    assert torch.equal(draw(pipeline, own), alone)
+    assert not torch.equal(draw(pipeline, both), together)
+
+
+def test_keys_and_values_are_those_of_the_formula(cat: Path, pipeline: StableDiffusionPipeline) -> None:
+    """``K = W0 c + scale m dW c``, with the positions found from the features alone."""
+    concept, prompt = load_concept(cat), "a <new1> cat in a bucket"
+    key, change = next(item for item in concept.gates[0].whole().items() if "to_k" in item[0])
+    layer = pipeline.unet.get_submodule(key.split(".processor")[0]).to_k
+    apply_concepts(pipeline, concept, scale=0.5)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    draw(pipeline, prompt, num_inference_steps=1)
+    features, keys = seen[0]
+    expected = torch.nn.functional.linear(features, layer.weight)
+    expected[1, 2:4] += 0.5 * features[1, 2:4] @ change.T  # the second half of guidance; start, "a", then the words
+    torch.testing.assert_close(keys, expected)
+
+
+def test_training_and_pipelines_compute_the_same(base_model: Path, images: Path, cat: Path) -> None:
+    run = prepare(flags(base_model, images, cat.parent / "again", token_gate=True))
+    module = run.module
+    module.restore(load_concept(cat))
+    ids = run.dataset.tokenize("photo of a <new1> cat")
+    latents, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    module.eval()
+    with torch.no_grad():
+        features = module.encode_prompts({name: own[None] for name, own in ids.items()})["features"]
+        trained = module.unet(latents, time, features).sample
+        pipeline = StableDiffusionPipeline.from_pretrained(base_model, safety_checker=None)
+        apply_concepts(pipeline, load_concept(cat))
+        plain, _ = pipeline.encode_prompt("photo of a <new1> cat", "cpu", 1, False)
+        torch.testing.assert_close(pipeline.unet(latents, time, plain).sample, trained, atol=1e-5, rtol=1e-4)
+
+
+def test_other_pipelines_that_share_the_models_are_gated_too(cat: Path, pipeline: StableDiffusionPipeline) -> None:
+    img2img = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    options = {"image": image, "num_inference_steps": 4, "height": None, "width": None}
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def redraw(prompt: str) -> torch.Tensor:
+        img2img.set_progress_bar_config(disable=True)
+        return img2img(prompt, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
+
+    before = redraw("a cat")
+    apply_concepts(pipeline, load_concept(cat))
+    assert torch.equal(redraw("a cat"), before)
+    assert not torch.allclose(redraw("a <new1> cat"), before, atol=1e-3)
+
+
+def test_embeddings_of_the_pipeline_are_known_and_others_refused(cat: Path, pipeline: StableDiffusionPipeline) -> None:
+    apply_concepts(pipeline, load_concept(cat))
+    positive, negative = pipeline.encode_prompt("a <new1> cat", "cpu", 1, True)
+    known = draw(pipeline, "a <new1> cat")
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    assert torch.equal(
+        pipeline(
+            **given, generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt",
+            height=64, width=64, guidance_scale=4.0,
+        ).images,
+        known,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="not made by this pipeline's text encoder"):
+        pipeline(prompt_embeds=positive * 1.1, negative_prompt_embeds=negative, num_inference_steps=1)
+
+
+def test_fused_projections_are_refused_rather_than_passed_by(cat: Path, pipeline: StableDiffusionPipeline) -> None:
+    apply_concepts(pipeline, load_concept(cat))
+    pipeline.fuse_qkv_projections(vae=False)
+    with pytest.raises(UserError, match="unfuse_qkv_projections"):
+        draw(pipeline, "a <new1> cat")
+
+
+def test_merging_and_exporting_say_what_to_use_instead(cat: Path, plant: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs no merging"):
+        merge.main(["--model_dir", str(cat), str(plant), "--output_dir", str(tmp_path / "merged")])
+    for name in ("lora", "delta", "pipeline"):
+        with pytest.raises(UserError, match=r"infer\.py or apply_concepts"):
+            export.main(["--model_dir", str(cat), "--format", name, "--output_dir", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_gated_concepts_need_words_of_their_own(cat: Path, pipeline: StableDiffusionPipeline) -> None:
+    other = replace(load_concept(cat), source="other")
+    with pytest.raises(UserError, match="another --modifier_token"):
+        apply_concepts(pipeline, load_concept(cat), other)
+    assert not pipeline.unet._forward_pre_hooks
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"no_latent_cache": True, "gradient_checkpointing": True}])
+def test_a_resumed_run_ends_with_the_same_weights(
+    base_model: Path, images: Path, cat: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    options = {"learning_rate": 1e-2, "token_gate": True, **more}
+    train(flags(base_model, images, tmp_path / "whole", max_train_steps=3, **options))
+    train(flags(base_model, images, tmp_path / "parts", max_train_steps=2, checkpointing_steps=2, **options))
+    rest = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    train(flags(base_model, images, tmp_path / "parts", **rest, **options))
+    whole, parts = (load_concept(tmp_path / name).tensors() for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_each_concept_of_a_list_has_weights_of_its_own(base_model: Path, images: Path, tmp_path: Path) -> None:
+    others = draw_images(tmp_path / "pots", 3)
+    entries = [
+        {"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": str(images)},
+        {"instance_prompt": "photo of a <new2> wooden pot", "class_prompt": "wooden pot",
+         "instance_data_dir": str(others)},
+    ]  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    options = {"concepts_list": tmp_path / "list.json", "modifier_token": "<new1>+<new2>", "instance_prompt": None}
+    options |= {"instance_data_dir": None, "cutmix_probability": 0.5, "learning_rate": 1e-2, "max_train_steps": 4}
+    train(flags(base_model, images, tmp_path / "out", token_gate=True, **options))
+    concept = load_concept(tmp_path / "out")
+    assert [gate.words for gate in concept.gates] == [CAT, POT]
+    one, other = (gate.whole() for gate in concept.gates)
+    assert all(change.abs().max() > 0 for changes in (one, other) for change in changes.values())
+    assert not any(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_class_captions_are_cached_with_their_gate(base_model: Path, images: Path, tmp_path: Path) -> None:
+    options = {"with_prior_preservation": True, "class_data_dir": images, "class_prompt": "cat", "num_class_images": 5}
+    train_gated(base_model, images, tmp_path, max_train_steps=2, **options)
+    assert load_concept(tmp_path / "out").gates[0].words == CAT
+
+
+def test_xl(base_model_xl: Path, images: Path, tmp_path: Path) -> None:
+    train_gated(base_model_xl, images, tmp_path, max_train_steps=2)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base_model_xl)
+    before = draw(pipeline, "a cat")
+    apply_concepts(pipeline, load_concept(tmp_path / "out"))
+    assert torch.equal(draw(pipeline, "a cat"), before)
+    assert not torch.allclose(draw(pipeline, "a <new1> cat"), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"modifier_token": None}, "give --modifier_token"), ({"freeze_model": "crossattn"}, "leave out --freeze_model")],
+)
+def test_what_cannot_be_gated_is_refused(
+    base_model: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        train(flags(base_model, images, tmp_path / "out", token_gate=True, **more))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_words_are_refused(cat: Path, tmp_path: Path) -> None:
+    save_concept(load_concept(cat), tmp_path)
+    path = tmp_path / f"{WEIGHTS_STEM}.safetensors"
+    content = safetensors.torch.load_file(path)
+    del content["token_gate"]
+    safetensors.torch.save_file(content, path)
+    with pytest.raises(UserError, match="at which words"):
+        load_concept(tmp_path)
