@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Notice a pytest in which pytest-xdist groups nothing, and every worker makes the fixtures of modules for itself."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group") is not None]
+    assert all("@" in item.nodeid for item in grouped), "this pytest-xdist cannot group the tests of this pytest"
+
+
 def run_script(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does, with this Python's programs; gives its exit code and what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -128,7 +128,6 @@ def test_square_class_images_are_exact_beside_augmented_images(tmp_path: Path, t
         assert one["noise_seed"] == other["noise_seed"]
 
 
-@pytest.mark.long
 def test_the_loss_stays_within_the_spread_of_two_seeds(base_model: Path, tmp_path: Path, train_here: Train) -> None:
     # At 128 px a mask covers enough latents for the loss to say something.
     common = {"resolution": 128, "max_train_steps": 200, "learning_rate": 1e-3, "train_batch_size": 1}

@@ -38,6 +38,7 @@ EXPORT = ("README.md", "export.py")
 OWN_IMAGES = ("docs/retrieval.md", "--path my_images")
 MERGE = ("docs/several-concepts.md", "cat-model pot-model")
 KEEP = ("docs/several-concepts.md", "--prior_weight")
+GATED = ("docs/several-concepts.md", "--token_gate")
 SHARE = ("docs/sharing.md", "owner/name@v1")
 TABLE = ("docs/sharing.md", "--table")
 COMFY = ("docs/sharing.md", "--format lora --output_dir my-cat\n")
@@ -47,7 +48,7 @@ RESUME = ("docs/training.md", "--resume_from_checkpoint")
 CONFIG = ("docs/training.md", "--config")
 XL = ("docs/sdxl.md", "accelerate launch")
 RUN_HERE = (
-    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, SHARE, TABLE, COMFY, DELTA),
+    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, GATED, SHARE, TABLE, COMFY, DELTA),
     *(SMALL_MODEL, RESUME, CONFIG, XL),
 )
 # Those that none runs, and what tries them instead.
@@ -334,6 +335,19 @@ def test_the_commands_for_the_small_model(home: Path) -> None:
     assert all(tokens_of(home / name) == ["<new1>"] for name in ("emoji-cat", "emoji-cat-weighed"))
     assert len(list((home / "samples").glob("0*.png"))) == 8
     assert commands(*KEEP) in commands(*SMALL_MODEL), "the same command, which has just run"
+
+
+@pytest.mark.long
+def test_the_commands_for_concepts_that_act_at_their_own_words(home: Path) -> None:
+    shutil.rmtree(home / "examples")
+    for folder in ("base", "examples"):
+        (home / folder).symlink_to(ROOT / folder)
+    run_block(commands(*GATED), home)
+    assert {name: tokens_of(home / name) for name in ("gated-cat", "gated-plant")} == {
+        "gated-cat": ["<new1>"],
+        "gated-plant": ["<new2>"],
+    }
+    assert len(list((home / "samples").glob("0*.png"))) == 4
 
 
 @pytest.mark.long

@@ -142,10 +142,12 @@ def test_a_prompt_without_the_new_word_gives_the_base_models_image(
     cat: Path, plant: Path, pipeline: StableDiffusionPipeline
 ) -> None:
     other, own = "a cat in a bucket", "a <new1> cat in a bucket"
-    before = draw(pipeline, other)
+    before, without_dog = draw(pipeline, other), draw(pipeline, other, negative_prompt="a dog")
+    assert not torch.equal(before, without_dog)
     applied = apply_concepts(pipeline, load_concept(cat), load_concept(plant))
     assert torch.equal(draw(pipeline, other), before)
-    assert torch.equal(draw(pipeline, other, negative_prompt="a dog"), draw(pipeline, other, negative_prompt="a dog"))
+    assert torch.equal(draw(pipeline, other, negative_prompt="a dog"), without_dog)
+    assert not torch.allclose(draw(pipeline, other, negative_prompt="a <new1> cat"), before, atol=1e-3)
     one = draw(pipeline, own)
     assert not torch.allclose(one, before, atol=1e-3)
     # A batch has each prompt's image.

@@ -215,6 +215,7 @@ def test_a_validation_folder_that_is_not_there_is_named(wrong: object, tmp_path:
     entry = {"instance_prompt": "a cat", "instance_data_dir": str(tmp_path), "validation_data_dir": wrong}
     with pytest.raises(UserError, match=r"there is no folder .*validation_data_dir"):
         concepts_of(tmp_path, entry)
+    entry |= {"class_prompt": None, "class_data_dir": None}
     if wrong == "nowhere":
         with pytest.raises(UserError, match="there is no folder 'nowhere'"):
             concepts_of(tmp_path, concepts_list=None, **entry)
