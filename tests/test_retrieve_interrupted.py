@@ -17,6 +17,7 @@ import pytest
 import retrieve
 from custom_diffusion.images import load_image
 from custom_diffusion.retrieval import class_folder
+from tests.conftest import ROOT
 from tests.retrieval_images import drawing, encoded, jpeg
 from tests.retrieval_web import (
     GOOD,
@@ -107,7 +108,9 @@ def test_killed_at_every_step_it_continues(tmp_path, monkeypatch, stride):
     arguments = ["--class_prompt", "cat", "--path", "mine", "--num_class_images", "2", "--class_data_dir"]
     retrieve.main([*arguments, "whole"])
     whole = tree(tmp_path / "whole")
-    # Forked from a server that has no threads and has imported everything: a start takes no time.
+    # Forked from a server that has no threads and has imported everything: a start takes no time. It finds these tests
+    # by this path, as it may begin here, in a folder that has none.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.test_retrieve_interrupted"])
     for steps in range(0, 100, stride):

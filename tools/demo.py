@@ -26,7 +26,7 @@ TRAIN = """accelerate launch -q train_custom_diffusion.py
   --with_prior_preservation --real_prior --prior_loss_weight=45 --num_class_images=400
   --resolution=64 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0
   --max_train_steps=1200 --padding_mode=edge --hflip --cutmix_probability=0.5
-  --validation_steps=200 --checkpointing_steps=200 --validation_at_start
+  --validation_steps=300 --checkpointing_steps=300 --num_validation_images=1 --validation_at_start
   --validation_prompt="photo of a <new1> cat" --validation_prompt="photo of a <new2> plant"
   --output_dir=demo/results/concepts --report_to=none"""
 WEIGH = """python merge.py --model_dir=demo/results/concepts --prior_weight=0.5 --captions=examples/captions.txt
