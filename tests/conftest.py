@@ -35,14 +35,15 @@ settings.load_profile("few")
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: one worker gets the tests that share a module's fixtures, and the longest tests begin first."""
+    """For pytest-xdist: one worker gets the tests that share a module's fixtures, and these begin first."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
         definitions = item._fixtureinfo.name2fixturedefs.values()
         if any(found[-1].scope == "module" for found in definitions):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    # Groups come before single tests, which fill what is left of either worker's time.
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("long", "xdist_group")])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
