@@ -120,6 +120,7 @@ def test_a_checkpoint_has_the_random_state_of_every_process(apart: tuple[Path, s
     assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin", "scheduler.bin"} <= states
 
 
+@pytest.mark.long
 def test_a_resumed_run_of_two_processes_ends_bit_equal(
     apart: tuple[Path, str], base_model: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -264,7 +264,9 @@ def test_two_gated_concepts_need_words_of_their_own(cat: Path, pipeline: StableD
 # --- runs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, {"no_latent_cache": True, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"no_latent_cache": True, "gradient_checkpointing": True}, marks=pytest.mark.long)]
+)
 def test_a_resumed_run_ends_with_the_same_weights(
     base_model: Path, images: Path, cat: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:

@@ -392,7 +392,7 @@ def test_recomputing_on_a_cpu_gives_the_same_gradients(base_model: Path) -> None
         assert torch.equal(value.grad, saving.trained()[name].grad), name
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.long)])
 def test_compiling_gives_the_same_gradients(base_model: Path, rank: int | None) -> None:
     # Graphs are captured forwards and backwards as for inductor, whose own part takes minutes even on this model.
     plain, compiled = load(base_model, rank=rank), load(base_model, rank=rank)
