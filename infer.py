@@ -22,6 +22,8 @@ from custom_diffusion.files import read_text
 # The names alone: what they stand for takes seconds to import.
 SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
 DTYPES = ("fp32", "fp16", "bf16")
+# Flags that decide what an image looks like; they stand in its metadata.
+SETTINGS = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
 
 
 # fmt: off
@@ -52,7 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
     add("--no_safety_checker", action="store_true",
         help="Leave out the base model's safety checker, if it has one; read its licence first.")
-    add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU and fp32 on a CPU.")
+    add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU, and bf16 on a CPU that computes it, for models that it makes "
+        "faster; else fp32.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
@@ -88,6 +91,7 @@ if __name__ == "__main__":
     end_quietly_on_interrupt()
     import_diffusers()
 
+import functools
 import re
 import sys
 
@@ -95,14 +99,20 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, find_base_model, load_concept
 from custom_diffusion.files import output_folder
 from custom_diffusion.images import contact_sheet, write_generated, write_image
-from custom_diffusion.models.drawing import best_device, load_to_draw, put_on
+from custom_diffusion.models.drawing import (
+    PRECISIONS,
+    best_device,
+    encode_prompts,
+    fast_precision,
+    load_to_draw,
+    put_on,
+)
 from custom_diffusion.models.families import family_of, text_models_of
 from custom_diffusion.models.vocabulary import cut_off, names_word
 from custom_diffusion.text import slug
@@ -116,7 +126,10 @@ def load_pipeline(args: argparse.Namespace, concepts: Sequence[Concept]) -> Diff
     """
     base_model = find_base_model(concepts=concepts, **given_base_model(args))
     device = args.device or best_device()
-    pipeline = load_to_draw(base_model, args.scheduler, args.dtype, device, not args.no_safety_checker)
+    dtype = args.dtype or fast_precision(base_model, device)
+    if args.dtype is None and dtype == "bf16":
+        print("In bf16, which is faster on this CPU; --dtype fp32 draws in full precision")
+    pipeline = load_to_draw(base_model, args.scheduler, dtype, device, not args.no_safety_checker)
     apply_concepts(pipeline, *concepts, scale=args.scale)
     return put_on(pipeline, device)
 
@@ -164,20 +177,25 @@ def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | Non
 
 
 def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list[Path]]:
-    """Make and write all images; gives the paths, one list per prompt."""
+    """Make and write all images, each prompt's text encoded once; gives the paths, one list per prompt."""
     folder = Path(args.output_dir)
     jobs = [(row, number) for row in range(len(args.prompt)) for number in range(args.num_images)]
     first = _first_free_number(folder)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["dtype"] = next(name for name, dtype in PRECISIONS.items() if dtype == pipeline.unet.dtype)
     paths: list[list[Path]] = [[] for _ in args.prompt]
     height, width = image_size(pipeline, args.height, args.width)
+    # The jobs are in the order of the prompts, so those of a batch are all that need to be kept.
+    encode = functools.lru_cache(args.batch_size)(
+        lambda row: encode_prompts(pipeline, [args.prompt[row]], args.negative_prompt, args.guidance_scale > 1)
+    )
     pipeline.set_progress_bar_config(leave=False, desc="denoising")
     with tqdm(total=len(jobs), unit="image") as progress:
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
-            prompts = [args.prompt[row] for row, _ in batch]
+            texts = [encode(row) for row, _ in batch]
             output = pipeline(
-                prompts,
-                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+                **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 eta=args.eta,
@@ -190,7 +208,7 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
             for offset, ((row, number), image) in enumerate(zip(batch, output.images, strict=True)):
                 words = slug(args.prompt[row], otherwise="picture")
                 name = f"{first + start + offset:05d}_{words}_seed{args.seed + number}.png"
-                save_image(folder / name, image, args, args.prompt[row], args.seed + number)
+                write_generated(folder / name, image, args.prompt[row], args.seed + number, settings)
                 paths[row].append(folder / name)
                 if flagged[offset]:
                     tqdm.write(
@@ -205,12 +223,6 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
 def _first_free_number(folder: Path) -> int:
     numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5,})_", path.name))]
     return max(numbers, default=-1) + 1
-
-
-def save_image(path: Path, image: Image.Image, args: argparse.Namespace, prompt: str, seed: int) -> None:
-    """Write a PNG that says in its metadata how it was made: ``prompt``, ``seed`` and ``settings`` (JSON)."""
-    names = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
-    write_generated(path, image, prompt, seed, {name: getattr(args, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

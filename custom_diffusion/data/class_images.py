@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -24,16 +23,12 @@ from custom_diffusion.files import remove_half_written
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import return_freed_memory
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.drawing import PRECISIONS, encode_prompts
 from custom_diffusion.models.samplers import load_sampler
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 # Evaluations of the UNet by which an image is drawn, by --class_image_scheduler: diffusers' own number, and that of
 # which DPM-Solver++ makes as good an image (Lu et al. 2022: 20 to 25).
 STEPS = {"dpmsolver++": 25, "default": 50}
-# What diffusers' `encode_prompt` gives, in its order; models with one text encoder have the first two.
-ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class PromptDataset(Dataset):
@@ -147,7 +142,8 @@ def _fill(
 ) -> None:
     """Generate this process's share of the images that a folder lacks."""
     steps = args.class_image_steps or STEPS[args.class_image_scheduler]
-    encode = functools.cache(partial(_encode, pipeline, folder.class_prompt))
+    # As often as the pipeline would have it in one batch: the bits of the features depend on that.
+    encode = functools.cache(lambda count: encode_prompts(pipeline, [folder.class_prompt] * count))
     share = Subset(prompts, range(accelerator.process_index, len(prompts), accelerator.num_processes))
     bar = partial(tqdm, desc=f"Class images of {prompts.prompt!r}", unit="image")
     with bar(total=len(prompts), disable=not accelerator.is_local_main_process) as progress:
@@ -155,17 +151,6 @@ def _fill(
             text = encode(len(batch["index"]))
             generate_batch(partial(pipeline, **text, num_inference_steps=steps), batch, folder, args.seed)
             progress.update(min(len(batch["index"]) * accelerator.num_processes, len(prompts) - progress.n))
-
-
-def _encode(pipeline: Any, prompt: str, count: int) -> dict[str, Tensor]:
-    """What the pipeline wants to know of a prompt, for this many images.
-
-    The text is encoded as often as the pipeline would have it in one batch: the bits of the features depend on that.
-    """
-    encoded = pipeline.encode_prompt(
-        [prompt] * count, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-    )
-    return dict(zip(ENCODED, encoded, strict=False))
 
 
 def generate_batch(draw: Callable[..., Any], batch: dict[str, Any], folder: ClassImageFolder, seed: int) -> None:

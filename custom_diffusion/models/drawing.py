@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from custom_diffusion.errors import UserError
+from custom_diffusion.machine import computes_bf16
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.samplers import load_sampler
 from custom_diffusion.text import first_line
 
-_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# In channels of the UNet's widest block. Below it a pass has little arithmetic and many operations, which take longer
+# in bf16 (benchmarks/README.md: a UNet of 32 channels 1.3 x as long; from 160 channels on it is faster).
+WIDE_ENOUGH_FOR_BF16 = 128
+# What diffusers' `encode_prompt` gives, in its order; models with one text encoder have the first two.
+_ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def best_device() -> str:
@@ -18,6 +28,24 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fast_precision(base_model: BaseModel, device: str) -> str:
+    """The precision in which a model draws fastest: ``fp16`` on a GPU, else ``bf16`` or ``fp32``.
+
+    bf16 is for CPUs with instructions for it, and for UNets that are wide enough to gain by it.
+
+    Args:
+        device: that it will be put on, such as ``cuda``.
+
+    Raises:
+        UserError: where the UNet's configuration cannot be read.
+    """
+    if device.startswith("cuda"):
+        return "fp16"
+    if device != "cpu" or not computes_bf16():
+        return "fp32"
+    return "bf16" if max(base_model.unet_configuration()["block_out_channels"]) >= WIDE_ENOUGH_FOR_BF16 else "fp32"
 
 
 def load_to_draw(
@@ -34,7 +62,7 @@ def load_to_draw(
     Raises:
         UserError: where the model or its scheduler cannot be loaded.
     """
-    kind = _TYPES[dtype or ("fp16" if device.startswith("cuda") else "fp32")]
+    kind = PRECISIONS[dtype or ("fp16" if device.startswith("cuda") else "fp32")]
     # Without its own scheduler, whose class may need packages that nobody has.
     pipeline = base_model.pipeline(kind, safety_checker=safety_checker, scheduler=None)
     pipeline.scheduler = load_sampler(scheduler, base_model)
@@ -51,3 +79,29 @@ def put_on(pipeline: DiffusionPipeline, device: str) -> DiffusionPipeline:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device!r} cannot be used: {first_line(error)}") from error
+
+
+def encode_prompts(
+    pipeline: Any, prompts: Sequence[str], negative_prompt: str | None = None, guided: bool = True
+) -> dict[str, Tensor]:
+    """What a pipeline's call wants to know of prompts in place of ``prompt`` and ``negative_prompt``.
+
+    The bits of the features may depend on how many prompts are encoded together.
+
+    Args:
+        pipeline: on its device, with its concepts applied.
+        negative_prompt: of all prompts; None for none.
+        guided: whether the images are drawn with classifier-free guidance; otherwise the negative prompt has no use.
+
+    Returns:
+        Arguments of the call by name; the first dimension of each counts the prompts.
+    """
+    encoded = pipeline.encode_prompt(
+        list(prompts),
+        device=pipeline.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+    )
+    named = zip(_ENCODED, encoded, strict=False)
+    return {name: features for name, features in named if features is not None}
