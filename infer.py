@@ -54,8 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
     add("--no_safety_checker", action="store_true",
         help="Leave out the base model's safety checker, if it has one; read its licence first.")
-    add("--dtype", choices=DTYPES, help="Precision; if not given, fp16 on a GPU, and bf16 on a CPU that computes it, for models that it makes "
-        "faster; else fp32.")
+    add("--dtype", choices=DTYPES,
+        help="Precision; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny models), or else "
+        "fp32.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=float, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")

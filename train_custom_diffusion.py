@@ -114,13 +114,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--class_prompt", help="Prompt of the class, such as 'cat'.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
     add("--num_class_images", type=positive_int, default=200, help="How many class images each concept has.")
-    add("--sample_batch_size", type=positive_int, default=4, help="Class images generated at once, per device.")
+    add("--sample_batch_size", type=positive_int,
+        help="Class images generated at once, per device. If not given, as many as half of the free memory holds, up "
+        "to 32.")
     add("--class_image_scheduler", default="dpmsolver++", choices=["dpmsolver++", "default"],
         help="What draws them: DPM-Solver++, or the base model's own scheduler, as in diffusers' example.")
     add("--class_image_steps", type=positive_int,
         help="Denoising steps of each; if not given, 25, and 50 with the base model's own scheduler.")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
-        help="Precision of that generation; if not given, fp16 on a GPU and fp32 on a CPU.")
+        help="Precision of that generation; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny "
+        "models), or else fp32.")
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=DEFAULT_MODEL, help="Where everything is written.")

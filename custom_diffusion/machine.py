@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil  # accelerate needs it
 import torch
 from torch import Tensor
 
@@ -24,6 +25,21 @@ def computes_bf16() -> bool:
     """Whether this CPU has instructions for bf16; without them it is slower than fp32."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and any(name in info.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def free_memory(device: torch.device, num_processes: int = 1) -> int:
+    """Bytes that a process may still take of a device: of a CPU its share of the machine's, or of its container's.
+
+    Args:
+        num_processes: that share a CPU's memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return free // num_processes
 
 
 def return_freed_memory() -> None:

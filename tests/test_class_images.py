@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextModel
 
-from custom_diffusion.data.class_images import derived_seed, generate_class_images
+from custom_diffusion.data import class_images
+from custom_diffusion.data.class_images import derived_seed, generate_class_images, images_at_once
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
+from custom_diffusion.models import drawing
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.families import StableDiffusion, StableDiffusionXL
 from custom_diffusion.training.settings import describe_settings
 from tests.conftest import flags
 from train_custom_diffusion import parse_args
@@ -24,7 +31,7 @@ from train_custom_diffusion import parse_args
 
 def generate(model: Path, folder: Path, count: int = 3, **more: object) -> dict[int, str]:
     """Number and digest of the images that the folder has then."""
-    argv = flags(model, Path(), Path(), num_class_images=count, sample_batch_size=2, **more)
+    argv = flags(model, Path(), Path(), num_class_images=count, **({"sample_batch_size": 2} | more))
     entry = ConceptEntry("photo of a <new1> cat", ".", "cat", str(folder))
     generate_class_images(BaseModel(str(model)), [entry], Accelerator(cpu=True), parse_args(argv))
     return {int(number): digest for number, digest in (path.stem.split("-") for path in folder.glob("*.jpg"))}
@@ -124,3 +131,104 @@ def test_a_model_that_dpm_solver_does_not_know_gets_a_line(
     monkeypatch.setattr(DPMSolverMultistepScheduler, "from_config", refuse)
     with pytest.raises(UserError, match=r"cannot be sampled with --class_image_scheduler dpmsolver\+\+: squares"):
         generate(base_model, tmp_path)
+
+
+# --- how many at once, and in which precision ----------------------------------------------------
+
+SD = {"block_out_channels": (128, 256, 512, 512)}  # of a VAE
+
+
+@pytest.mark.parametrize(
+    ("family", "latent_size", "dtype", "gib", "count"),
+    [
+        (StableDiffusion(), 64, torch.float16, 80, 32),  # more are hardly faster
+        (StableDiffusion(), 64, torch.float16, 5, 5),  # 0.5 GiB each, of half of what is free
+        (StableDiffusion(), 64, torch.float32, 5, 2),
+        (StableDiffusion(), 96, torch.float16, 5, 2),
+        (StableDiffusion(), 64, torch.float16, 0, 1),
+        (StableDiffusionXL(), 128, torch.float16, 16, 2),  # its VAE works in fp32: 4 GiB each
+    ],
+)
+def test_as_many_at_once_as_half_of_the_memory_holds(
+    family: StableDiffusion | StableDiffusionXL, latent_size: int, dtype: torch.dtype, gib: int, count: int
+) -> None:
+    model: Any = SimpleNamespace(
+        vae_configuration=lambda: SD,
+        unet_configuration=lambda: {"sample_size": latent_size},
+        family=lambda: family,
+    )
+    assert images_at_once(model, dtype, gib * 2**30) == count
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the pipeline was asked for."""
+    counts = []
+    draw = StableDiffusionPipeline.__call__
+
+    def count(self: StableDiffusionPipeline, **options: Any) -> Any:
+        counts.append(len(options["generator"]))
+        if counts[-1] > 2 and len(counts) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return draw(self, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", count)
+    return counts
+
+
+def test_batches_are_halved_where_the_memory_is_too_small(
+    base_model: Path, tmp_path: Path, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(class_images, "images_at_once", lambda *_: 4)
+    few = {"count": 5, "class_image_steps": 2}
+    made = generate(base_model, tmp_path / "automatic", sample_batch_size=None, **few)
+    assert batches == [4, 2, 2, 1]
+    # An image does not depend on how many are generated at once, but for rounding.
+    generate(base_model, tmp_path / "given", sample_batch_size=2, **few)
+    assert sorted(made) == [0, 1, 2, 3, 4]
+    for number in made:
+        one, other = (next((tmp_path / name).glob(f"{number}-*.jpg")) for name in ("automatic", "given"))
+        difference = np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other))
+        assert np.abs(difference).max() <= 8, "JPEG may make a level several"
+
+
+def test_a_given_batch_size_is_kept(base_model: Path, tmp_path: Path, batches: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        generate(base_model, tmp_path, count=5, class_image_steps=2, sample_batch_size=5)
+    assert batches == [5]
+
+
+def test_the_fastest_precision_is_taken(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "computes_bf16", lambda: True)
+    used = []
+    load = BaseModel.pipeline
+
+    def look(self: BaseModel, dtype: torch.dtype, **options: Any) -> Any:
+        used.append(dtype)
+        return load(self, dtype, **options)
+
+    monkeypatch.setattr(BaseModel, "pipeline", look)
+    few = {"count": 1, "class_image_steps": 1}
+    generate(base_model, tmp_path / "tiny", **few)
+    monkeypatch.setattr(drawing, "WIDE_ENOUGH_FOR_BF16", 1)
+    generate(base_model, tmp_path / "fastest", **few)
+    generate(base_model, tmp_path / "fp32", prior_generation_precision="fp32", **few)
+    generate(base_model, tmp_path / "no", prior_generation_precision="no", **few)
+    assert used == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_the_pipeline_is_gone_before_training_loads_its_own(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = BaseModel.pipeline
+
+    def look(self: BaseModel, *args: Any, **options: Any) -> Any:
+        pipeline = load(self, *args, **options)
+        loaded.append(weakref.ref(pipeline.unet))
+        return pipeline
+
+    monkeypatch.setattr(BaseModel, "pipeline", look)
+    generate(base_model, tmp_path, count=1, class_image_steps=1)
+    gc.collect()
+    assert [unet() for unet in loaded] == [None]

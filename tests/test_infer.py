@@ -8,6 +8,8 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 import export
 import infer
@@ -25,6 +27,7 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import find_base_model, load_concept, save_concept
 from custom_diffusion.errors import UserError
+from custom_diffusion.models import drawing
 from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import ROOT, flags, run_script
 
@@ -126,6 +129,59 @@ def test_bfloat16(trained: Path, tmp_path: Path) -> None:
     exact, rounded = (pixels(images_of(tmp_path / name)[0]) for name in ("fp32", "bf16"))
     assert not np.array_equal(exact, rounded)
     assert rounded.std() > 1, "no black image"
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "widths", "precision"),
+    [
+        ("cuda:1", True, (320, 640), "fp16"),
+        ("cpu", True, (320, 640), "bf16"),
+        ("cpu", True, (96, 160), "bf16"),
+        ("cpu", True, (16, 32), "fp32"),
+        ("cpu", False, (320, 640), "fp32"),
+        ("mps", True, (320, 640), "fp32"),
+    ],
+)
+def test_the_precision_is_the_fastest(
+    device: str, has_bf16: bool, widths: tuple[int, ...], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "computes_bf16", lambda: has_bf16)
+    model: Any = SimpleNamespace(unet_configuration=lambda: {"block_out_channels": widths})
+    assert drawing.fast_precision(model, device) == precision
+
+
+def test_bfloat16_is_taken_and_named_where_it_is_faster(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drawing, "computes_bf16", lambda: True)
+    monkeypatch.setattr(drawing, "WIDE_ENOUGH_FOR_BF16", 1)
+    argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--device", "cpu", *FEW]
+    said = {}
+    for name, more in (("default", []), ("bf16", ["--dtype=bf16"]), ("fp32", ["--dtype=fp32"])):
+        infer.main([*argv, "--output_dir", str(tmp_path / name), *more])
+        said[name] = "In bf16, which is faster on this CPU; --dtype fp32" in capsys.readouterr().out
+    assert said == {"default": True, "bf16": False, "fp32": False}
+    made = {name: images_of(tmp_path / name)[0] for name in said}
+    assert np.array_equal(pixels(made["default"]), pixels(made["bf16"]))
+    used = {name: json.loads(Image.open(path).text["settings"])["dtype"] for name, path in made.items()}
+    assert used == {"default": "bf16", "bf16": "bf16", "fp32": "fp32"}
+
+
+def test_each_prompt_is_encoded_once(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    forward = CLIPTextModel.forward
+
+    def count(self: CLIPTextModel, *args: Any, **options: Any) -> Any:
+        read.append(1)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(CLIPTextModel, "forward", count)
+    argv = ["--prompt", "<new1> cat", "<new1> dog", "--num_images=3", "--batch_size=2", "--model_dir", str(trained)]
+    infer.main([*argv, *FEW, "--output_dir", str(tmp_path / "guided")])
+    assert len(read) == 2 * 2, "each prompt, and the empty one beside it"
+    infer.main([*argv, *FEW, "--output_dir", str(tmp_path / "unguided"), "--guidance_scale=1"])
+    assert len(read) == 2 * 2 + 2
+    assert len(images_of(tmp_path / "unguided")) == 6
 
 
 def test_a_prompt_without_a_token_gets_a_warning(
