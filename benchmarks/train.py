@@ -6,7 +6,8 @@ Both run on the same random model, images and settings, alternating, each launch
         --example DIFFUSERS/examples/custom_diffusion/train_custom_diffusion.py
 
 ``--rows cpu`` or ``--rows gpu`` in place of settings runs all that the project has set itself as goals, and
-``--class_images 20 200 2000`` shows what their number costs. ``--shape sdxl --recipes`` counts what a step takes of a
+``--class_images 20 200 2000`` shows what their number costs, and ``--stages`` where the time of a first run goes, which
+generates its class images. ``--shape sdxl --recipes`` counts what a step takes of a
 GPU's memory, without one. The example stops at its first step on today's
 libraries; the line that looks up the initializer is mended on the fly.
 """
@@ -151,6 +152,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_model_dir", type=Path, help="Folder to keep the random model in between runs.")
     parser.add_argument("--rows", choices=["cpu", "gpu"], help="Run all goals for this machine.")
     parser.add_argument("--recipes", action="store_true", help="Only count a step's memory, by recipe; see memory.py.")
+    parser.add_argument("--stages", action="store_true", help="Only time the stages of a first run of ours.")
     parser.add_argument("--class_images", type=int, nargs="+", default=[8], help="Several: ours with each number.")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--train_batch_size", type=int, default=1, help="Beside as many class images.")
@@ -337,6 +339,34 @@ def show_class_images(counts: Sequence[int], row: Row, scripts: dict[str, Path],
         print(f"| {count} | {steps} | {' | '.join(f'{value:.3g}' for value in times)} |", flush=True)
 
 
+def show_stages(row: Row, model: Path, work: Path) -> None:
+    """Where the time of a first run of ours goes: it generates all of its class images, and validates at the end."""
+    result = work / "stages.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "benchmarks/stages.py"), str(result)]
+    command += [
+        f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={work / 'instance'}",
+        "--instance_prompt=photo of a <new1> cat", "--modifier_token=<new1>", "--validation_prompt=<new1> cat",
+        "--with_prior_preservation", f"--class_data_dir={work / 'generated'}", "--class_prompt=cat",
+        f"--num_class_images={row.class_images}", f"--resolution={row.resolution}", "--hflip", "--report_to=none",
+        f"--train_batch_size={row.train_batch_size}", f"--max_train_steps={row.steps}",
+        f"--output_dir={work / 'output'}", *row.both, *row.ours,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    whole = time.perf_counter() - started
+    if run.returncode:
+        sys.exit(f"error: the training failed:\n{run.stderr[-3000:]}")
+    seconds = json.loads(result.read_text())
+    seconds["launch and libraries"] = whole - sum(seconds.values())
+    print(
+        f"\n{row.resolution} px, {row.class_images} class images, {row.steps} steps of {row.train_batch_size} + prior"
+    )
+    print(f"{' '.join((*row.both, *row.ours))}\n\n| stage | s | share |\n|---|---|---|")
+    for stage, taken in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"| {stage} | {taken:.1f} | {taken / whole:.0%} |")
+    print(f"| the whole run | {whole:.1f} | |")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Build what is needed, run everything, print the tables."""
     args = parse_args(argv)
@@ -368,6 +398,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.preload,
             args.preload_both,
         )
+        if args.stages:
+            show_stages(row, model, work)
+            return
         if len(args.class_images) > 1:
             show_class_images(args.class_images, row, scripts, model, work)
             return
