@@ -40,6 +40,9 @@ TRACKERS = (
     "all", "aim", "tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none",
 )  # fmt: skip
 
+# What holds the frozen UNet in fewer bits, and the extra that installs it.
+QUANTIZERS = {"8bit": ("torchao", "quantize"), "4bit": ("bitsandbytes", "8bit")}
+
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 # What they do not have. A value other than the default would silently do nothing.
 MEANINGLESS = {
@@ -172,6 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Drop gradients between steps rather than zero them: always so here, since it changes nothing but memory.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Precision of the frozen model; what is trained stays fp32. If not given, accelerate's configuration.")
+    add("--quantize_base", choices=QUANTIZERS,
+        help="Hold the frozen UNet's linear layers, but for its cross-attention, in 8 bits (pip install '.[quantize]') "
+        "or in 4 (pip install '.[8bit]', and a CUDA GPU). Less memory, slower steps; for one process.")
     add("--allow_tf32", **is_on, help="TF32 matrix products, on Ampere GPUs and later.")
     add("--enable_xformers_memory_efficient_attention", **is_on,
         help="xFormers' attention; needs a CUDA GPU and pip install '.[xformers]'.")
@@ -279,6 +285,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 "--enable_xformers_memory_efficient_attention needs a CUDA GPU, and there is none: leave it out"
             )
         _require(parser, "xformers", "--enable_xformers_memory_efficient_attention", "xformers")
+    if args.quantize_base is not None:
+        settle_quantization(parser, args)
     if args.keep_latents and args.no_latent_cache:
         parser.error("--keep_latents has nothing to keep with --no_latent_cache: leave one of them out")
     if args.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -319,6 +327,16 @@ def settle_optimizer(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         _require(parser, "bitsandbytes", "8-bit Adam", "8bit")
 
 
+def settle_quantization(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse ``--quantize_base`` where it cannot work."""
+    package, extra = QUANTIZERS[args.quantize_base]
+    _require(parser, package, f"--quantize_base={args.quantize_base}", extra)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("--quantize_base is for one process, and there are several: leave it out")
+    if args.quantize_base == "4bit" and not _has_cuda():
+        parser.error("--quantize_base=4bit needs a CUDA GPU, and there is none: give --quantize_base=8bit")
+
+
 def given_flags(argv: Sequence[str] | None) -> set[str]:
     """The names of the flags that were given, on the command line or in the file of ``--config``."""
     parser = build_parser()
@@ -341,9 +359,10 @@ def _has_cuda() -> bool:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag end here, before the libraries below are loaded
+    # --help and a wrong flag end here, before the libraries below are loaded
+    quantizer = QUANTIZERS.get(parse_args().quantize_base, (None,))[0]
     end_quietly_on_interrupt()
-    import_diffusers()
+    import_diffusers(quantizer)
 
 # The tokenizer is used in forked data workers; its own threads do not survive a fork and would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -376,12 +395,14 @@ from custom_diffusion.training.optimizers import build_optimizer
 from custom_diffusion.training.processes import name_to_speak_as
 from custom_diffusion.training.progress import STEPS_BETWEEN_READS, StepRecord, report_steps
 from custom_diffusion.training.prompts import check_prompts
+from custom_diffusion.training.quantizing import load_unet
 from custom_diffusion.training.run import (
     Run,
     announce,
     build_schedule,
     cache_texts,
     check_inputs,
+    compute_type,
     fit_to_machine,
     open_output_dir,
     plan_steps,
@@ -434,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Trained are a row for each modifier token, and copies of the cross-attention's projections, or changes of them.
     text_encoders = base_model.text_encoders(configuration.family)
     train_new_words(text_encoders, modifier_tokens)
-    unet = base_model.unet()
+    unet = load_unet(base_model, args.quantize_base, compute_type(accelerator))
     train_attention(unet, args, 0 if gate is None else len(gate.concepts))
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
     parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)

@@ -1,8 +1,8 @@
-"""Do class images by DPM-Solver++ in 25 steps serve as well as those by the base model's scheduler in 50?
+"""Do class images by DPM-Solver++ in 25 steps, and in bf16, serve as well as by the base model's scheduler in 50?
 
     python -m benchmarks.class_images
 
-generates class images of cats and plants with `base/` either way, with two seeds each, and measures their distance from
+generates class images of cats and plants with `base/` each way, with two seeds each, and measures their distance from
 real drawings of the class: KID, times 1000, by MobileNetV2 features. The spread of the two seeds is the measure of what
 difference counts.
 """
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
 CLASSES = ("cat", "plant")
 SEEDS = (11, 12)
+WAYS = (("dpmsolver++", "fp32"), ("default", "fp32"), ("dpmsolver++", "bf16"))  # sampler and precision
 
 
 def real_images(noun: str) -> np.ndarray:
@@ -48,13 +49,13 @@ def real_images(noun: str) -> np.ndarray:
     return np.stack(images)
 
 
-def made_images(noun: str, scheduler: str, seed: int, count: int) -> np.ndarray:
+def made_images(noun: str, scheduler: str, precision: str, seed: int, count: int) -> np.ndarray:
     """uint8 (count, 64, 64, 3): class images, as training generates them."""
     with tempfile.TemporaryDirectory() as folder:
         argv = [
             f"--pretrained_model_name_or_path={ROOT / 'base'}", "--instance_data_dir=.", "--instance_prompt=cat",
             f"--num_class_images={count}", "--sample_batch_size=25", f"--seed={seed}",
-            f"--class_image_scheduler={scheduler}",
+            f"--class_image_scheduler={scheduler}", f"--prior_generation_precision={precision}",
         ]  # fmt: skip
         entry = ConceptEntry("cat", ".", noun, folder)
         generate_class_images(BaseModel(str(ROOT / "base")), [entry], Accelerator(cpu=True), parse_args(argv))
@@ -85,16 +86,20 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = load_encoder()
     print(f"KID x 1000 of {count} images from real drawings, by {ENCODER}\n")
-    print("| drawn by | steps | " + " | ".join(f"{noun}, seed {seed}" for noun in CLASSES for seed in SEEDS) + " |")
-    print("|---" * (2 + len(CLASSES) * len(SEEDS)) + "|")
+    print(
+        "| drawn by | steps | precision | "
+        + " | ".join(f"{noun}, seed {seed}" for noun in CLASSES for seed in SEEDS)
+        + " |"
+    )
+    print("|---" * (3 + len(CLASSES) * len(SEEDS)) + "|")
     real = {noun: image_features(encoder, real_images(noun)) for noun in CLASSES}
-    for scheduler, steps in STEPS.items():
+    for scheduler, precision in WAYS:
         row = [
-            f"{kid(image_features(encoder, made_images(noun, scheduler, seed, count)), real[noun]):.1f}"
+            f"{kid(image_features(encoder, made_images(noun, scheduler, precision, seed, count)), real[noun]):.1f}"
             for noun in CLASSES
             for seed in SEEDS
         ]
-        print(f"| {scheduler} | {steps} | " + " | ".join(row) + " |")
+        print(f"| {scheduler} | {STEPS[scheduler]} | {precision} | " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

@@ -73,21 +73,22 @@ def commands(args: argparse.Namespace, model: Path, concept: Path) -> dict[str, 
     }
 
 
-def measure(command: Sequence[str], folder: Path) -> tuple[float, float]:
-    """Run once; gives the seconds from launch to exit, and those between the first image and the last.
+def measure(command: Sequence[str], folder: Path) -> tuple[float, float, float]:
+    """Run once; gives the seconds from launch to exit, of processor time, and between the first image and the last.
 
     Raises:
         SystemExit: with the end of its output, where it failed.
     """
     folder.mkdir()
     words = [word.replace("{folder}", str(folder)) for word in command]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     run = subprocess.run(words, capture_output=True, text=True, errors="replace")
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
     if run.returncode:
         sys.exit(f"error: {' '.join(words[:2])} failed:\n{run.stderr[-3000:]}")
     written = sorted(path.stat().st_mtime for path in folder.glob("[0-9]*.png"))
-    return seconds, written[-1] - written[0]
+    return seconds, processor, written[-1] - written[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (model / "model_index.json").exists():
             build_random_model(args.shape, model)
         ways = commands(args, model, write_random_concepts(model, work)[0])
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         for repeat in range(args.repeats):
             for name, command in ways.items():
                 times[name].append(measure(command, work / f"{len(times[name])}-{name.replace(' ', '')}"))
@@ -109,13 +110,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.model or args.shape}, {args.height} px, {args.steps} steps, {args.count} images of each of two prompts"
     )
     print(f"on {where}, torch {torch.__version__}, Python {platform.python_version()}; median of {args.repeats}\n")
-    print("| | whole command, s | first to last image, s | of the loop's |\n|---|---|---|---|")
+    print("| | whole command, s | its processor time, s | first to last image, s |\n|---|---|---|---|")
     medians = {
         name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in times.items()
     }
-    loop = next(iter(medians.values()))[1]
-    for name, (whole, drawing) in medians.items():
-        print(f"| {name} | {whole:.1f} | {drawing:.1f} | {drawing / loop:.2f} |")
+    for name, (whole, processor, drawing) in medians.items():
+        print(f"| {name} | {whole:.1f} | {processor:.1f} | {drawing:.1f} |")
 
 
 if __name__ == "__main__":

@@ -261,16 +261,21 @@ def run(
         sys.exit(getattr(interruption, "exit_code", 128 + signal.SIGINT))
 
 
-def import_diffusers() -> None:
-    """Import diffusers as if bitsandbytes were not installed.
+def import_diffusers(needed: str | None = None) -> None:
+    """Import diffusers as if the packages that load models in 4 and 8 bits were not installed.
 
-    diffusers and peft import it wherever they find it, for models in 4 and 8 bits, which no command loads: that takes
-    seconds, and on some CPUs prints a warning at every start. ``--use_8bit_adam`` imports it itself.
+    diffusers and peft import them wherever they find them: that takes seconds, and prints warnings at every start.
+    ``--use_8bit_adam`` imports bitsandbytes itself.
+
+    Args:
+        needed: the one that the command does need.
     """
-    hidden = sys.modules.get("bitsandbytes")
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's own way to say: not there
+    hidden = {name: sys.modules.get(name) for name in ("bitsandbytes", "torchao") if name != needed}
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # the import system's own way to say: not there
     importlib.import_module("diffusers.loaders.peft")
-    if hidden is None:
-        del sys.modules["bitsandbytes"]
-    else:
-        sys.modules["bitsandbytes"] = hidden
+    for name, module in hidden.items():
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module

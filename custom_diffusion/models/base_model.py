@@ -164,9 +164,9 @@ class BaseModel:
         """The configuration of the UNet."""
         return dict(self.load(UNet2DConditionModel.load_config, "unet"))
 
-    def unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """The UNet, frozen."""
-        unet = self.load(UNet2DConditionModel.from_pretrained, "unet", variant=self.variant, dtype=dtype)
+    def unet(self, dtype: torch.dtype = torch.float32, **options: Any) -> UNet2DConditionModel:
+        """The UNet, frozen; ``options`` go to ``from_pretrained``."""
+        unet = self.load(UNet2DConditionModel.from_pretrained, "unet", variant=self.variant, dtype=dtype, **options)
         return unet.requires_grad_(False)
 
     def vae(self, dtype: torch.dtype, **options: Any) -> AutoencoderKL:

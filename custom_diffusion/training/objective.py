@@ -131,7 +131,8 @@ class CustomDiffusion(nn.Module):
             channels_last: lay the weights of convolutions out as tensor cores want them.
         """
         for parameter in self.parameters():
-            if not parameter.requires_grad and parameter.dtype != dtype:
+            # Quantised weights (--quantize_base) are no floating numbers, or are in this type already.
+            if not parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != dtype:
                 original = parameter.data
                 layout = torch.channels_last if channels_last and original.ndim == 4 else torch.preserve_format
                 parameter.data = original.to(dtype, memory_format=layout)

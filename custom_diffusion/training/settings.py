@@ -21,7 +21,7 @@ SETTINGS_NAME = "training_settings.json"
 # What runs did that were made before there were these flags: they can still be resumed.
 BEFORE_THE_FLAG = {
     "padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw", "rank": None,
-    "rank_alpha": None, "aspect_buckets": False, "token_gate": False,
+    "rank_alpha": None, "aspect_buckets": False, "token_gate": False, "quantize_base": None,
 }  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
