@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import re
 import signal
@@ -273,9 +274,12 @@ def import_diffusers(needed: str | None = None) -> None:
     hidden = {name: sys.modules.get(name) for name in ("bitsandbytes", "torchao") if name != needed}
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # the import system's own way to say: not there
+    # torchao's import warns of what no command does: of its checkpoints, and of an outdated way to register types.
+    for logger in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     importlib.import_module("diffusers.loaders.peft")
-    for name, module in hidden.items():
-        if module is None:
+    for name, former in hidden.items():
+        if former is None:
             del sys.modules[name]
         else:
-            sys.modules[name] = module
+            sys.modules[name] = former

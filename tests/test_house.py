@@ -36,7 +36,17 @@ BELOW["benchmarks"] = (*BELOW, "benchmarks")
 BELOW["tests"] = (*BELOW, "tests")
 
 # Libraries that take seconds to import; bitsandbytes prints a warning, too.
-HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "bitsandbytes", "datasets", "peft"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+    "datasets",
+    "peft",
+}
 LONGEST_FUNCTION = 60
 
 
