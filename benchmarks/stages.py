@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # as `python train_custom_diffusion.py` has it
 
 import train_custom_diffusion  # noqa: E402
 from custom_diffusion.models.base_model import BaseModel  # noqa: E402
