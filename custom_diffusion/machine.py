@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import psutil  # accelerate needs it
+import psutil
 import torch
 from torch import Tensor
 

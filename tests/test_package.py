@@ -18,7 +18,19 @@ import pytest
 import custom_diffusion
 from tests.conftest import ROOT, MakeOnce, run_script
 
-EXTRAS = {"wandb", "comet", "datasets", "8bit", "prodigy", "xformers", "report", "evaluation", "tools", "dev"}
+EXTRAS = {
+    "wandb",
+    "comet",
+    "datasets",
+    "8bit",
+    "prodigy",
+    "quantize",
+    "xformers",
+    "report",
+    "evaluation",
+    "tools",
+    "dev",
+}
 
 
 def build(folder: Path) -> None:
