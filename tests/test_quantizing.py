@@ -98,7 +98,10 @@ def attention_of(folder: Path) -> Tensor:
 
 
 @pytest.mark.usefixtures("four_bits_on_a_cpu")
-@pytest.mark.parametrize(("kind", "precision"), [("8bit", "no"), ("8bit", "bf16"), ("4bit", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("8bit", "bf16"), *(pytest.param(*one, marks=pytest.mark.long) for one in (("8bit", "no"), ("4bit", "bf16")))],
+)
 def test_it_learns_nearly_the_same(
     kind: str, precision: str, base_model: Path, images: Path, tmp_path: Path, train_here: Train
 ) -> None:
