@@ -17,7 +17,7 @@ import train_custom_diffusion
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.training.quantizing import load_unet
-from tests.conftest import flags
+from tests.conftest import ROOT, flags, run_script
 from train_custom_diffusion import parse_args
 
 Train = Callable[[list[str]], None]
@@ -121,6 +121,14 @@ def test_it_learns_nearly_the_same(
     # A resumed run cannot be told apart.
     train_here(flags(base_model, images, tmp_path / kind, **more, quantize_base=kind, resume_from_checkpoint="latest"))
     assert torch.equal(attention_of(tmp_path / kind) - start, learned)
+
+
+@pytest.mark.long
+def test_the_command_finds_what_other_commands_hide(base_model: Path, images: Path, tmp_path: Path) -> None:
+    argv = flags(base_model, images, tmp_path, quantize_base="8bit", max_train_steps=1)
+    result = run_script("python", ROOT / "train_custom_diffusion.py", *argv)
+    assert result.returncode == 0, result.stderr
+    assert "torchao" not in result.stderr, "no warnings that are none of the user's business"
 
 
 @pytest.mark.parametrize(
