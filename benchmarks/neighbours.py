@@ -70,6 +70,24 @@ CHOOSING_SEED = 11
 
 
 @dataclass(frozen=True)
+class Training:
+    """One training of one concept.
+
+    Attributes:
+        noun: what is taught.
+        class_images: the folder that has a folder of class images for each noun.
+        folder: for the result.
+    """
+
+    noun: str
+    class_images: Path
+    folder: Path
+    rate: float
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to teach a concept.
 
@@ -78,7 +96,7 @@ class Method:
         called: what stands for a noun in a prompt, by noun.
         rates: the learning rates to try.
         steps: of training to try the rates with; twice as many are tried, too.
-        command: program and flags, of noun, folder for the result, folder of class images, rate, steps, and seed.
+        command: program and flags of a training.
         load: the pipeline, of the folders of one or more nouns by noun.
         several: whether what was learned apart can be loaded together.
     """
@@ -87,7 +105,7 @@ class Method:
     called: dict[str, str]
     rates: tuple[float, ...]
     steps: int
-    command: Callable[[str, Path, Path, float, int, int], list[str]]
+    command: Callable[[Training], list[str]]
     load: Callable[[dict[str, Path]], DiffusionPipeline]
     several: bool = True
 
@@ -97,40 +115,38 @@ def flags(**values: object) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
 
 
-def of_diffusers(script: Path, folder: Path, rate: float, steps: int, seed: int, **more: object) -> list[str]:
+def of_diffusers(script: Path, training: Training, **more: object) -> list[str]:
     """The command line that the scripts of diffusers share."""
     return [
         str(script),
         *flags(
             pretrained_model_name_or_path=BASE,
-            output_dir=folder,
+            output_dir=training.folder,
             resolution=world.RESOLUTION,
             train_batch_size=BATCH,
-            learning_rate=rate,
+            learning_rate=training.rate,
             lr_scheduler="constant",
             lr_warmup_steps=0,
-            max_train_steps=steps,
-            seed=seed,
+            max_train_steps=training.steps,
+            seed=training.seed,
             **more,
         ),
     ]
 
 
-def dreambooth(script: Path) -> Callable[[str, Path, Path, float, int, int], list[str]]:
+def dreambooth(script: Path) -> Callable[[Training], list[str]]:
     """The command line of DreamBooth with prior preservation, with LoRA or without."""
 
-    def command(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
+    def command(training: Training) -> list[str]:
+        noun, class_images = training.noun, training.class_images / training.noun / "images"
         return of_diffusers(
             script,
-            folder,
-            rate,
-            steps,
-            seed,
+            training,
             instance_data_dir=EXAMPLES[noun],
             instance_prompt=f"photo of a {RARE[noun]} {noun}",
             class_prompt=f"photo of a {noun}",
-            class_data_dir=class_images / noun / "images",
-            num_class_images=len(list((class_images / noun / "images").iterdir())),
+            class_data_dir=class_images,
+            num_class_images=len(list(class_images.iterdir())),
             with_prior_preservation=True,
             prior_loss_weight=1.0,
             checkpointing_steps=10**6,
@@ -139,19 +155,16 @@ def dreambooth(script: Path) -> Callable[[str, Path, Path, float, int, int], lis
     return command
 
 
-def textual_inversion(script: Path) -> Callable[[str, Path, Path, float, int, int], list[str]]:
+def textual_inversion(script: Path) -> Callable[[Training], list[str]]:
     """The command line of Textual Inversion, which has no class images."""
 
-    def command(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
+    def command(training: Training) -> list[str]:
         return of_diffusers(
             script,
-            folder,
-            rate,
-            steps,
-            seed,
-            train_data_dir=EXAMPLES[noun],
-            placeholder_token=TOKENS[noun],
-            initializer_token=noun,
+            training,
+            train_data_dir=EXAMPLES[training.noun],
+            placeholder_token=TOKENS[training.noun],
+            initializer_token=training.noun,
             save_steps=10**6,
             checkpointing_steps=10**6,
         )
@@ -159,18 +172,19 @@ def textual_inversion(script: Path) -> Callable[[str, Path, Path, float, int, in
     return command
 
 
-def ours(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
+def ours(training: Training) -> list[str]:
     """The command line that docs/small-model.md documents."""
+    noun = training.noun
     own = recipe(
         instance_data_dir=EXAMPLES[noun],
         instance_prompt=f"photo of a {TOKENS[noun]} {noun}",
         modifier_token=TOKENS[noun],
         class_prompt=noun,
-        class_data_dir=class_images / noun,
-        output_dir=folder,
-        learning_rate=rate,
-        max_train_steps=steps,
-        seed=seed,
+        class_data_dir=training.class_images / noun,
+        output_dir=training.folder,
+        learning_rate=training.rate,
+        max_train_steps=training.steps,
+        seed=training.seed,
     )
     return [str(ROOT / "train_custom_diffusion.py"), *own]
 
@@ -410,7 +424,8 @@ class Contest:
     def concept(self, name: str, method: Method, noun: str, rate: float, steps: int, seed: int) -> Path:
         """The folder of a learned concept, trained where it is not there."""
         folder = self.work / name / f"{noun}-{rate:g}-{steps}-{seed}" / "result"
-        train(method.command(noun, folder, self.work / "class", rate, max(steps // self.divide, 1), seed), folder)
+        training = Training(noun, self.work / "class", folder, rate, max(steps // self.divide, 1), seed)
+        train(method.command(training), folder)
         return folder
 
     def figures(
