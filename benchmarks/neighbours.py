@@ -4,11 +4,12 @@
     python -m benchmarks.neighbours --diffusers diffusers --work neighbours
 
 teaches noto's cat and plant to the model in `base/`, which has never seen them, with diffusers' own scripts for Textual
-Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours; and measures the results alike. Every
-method gets the same images, batch, class images and number of tries: three learning rates, then the best of them with
-twice the steps, on a seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets
-twice as many in each. Figures are means over the other seeds, with the least and the most; `neighbours.md` in
-`--work` has them and `neighbours.png` images of the first. What is in `--work` already is not made again.
+Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours, as the paper has it and with
+`--token_gate`; and measures the results alike. Every method gets the same images, batch and number of tries, and the
+same class images if it takes any. The tries are three learning rates, then the best of them with twice the steps, on a
+seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets twice as many in each.
+Figures are means over the other seeds, with the least and the most; `neighbours.md` in `--work` has them and
+`neighbours.png` images of the first. What is in `--work` already is not made again.
 
 Images are judged by MobileNetV2, so that nothing is downloaded: alignment and KID are `evaluate.py`'s formulas, with
 other features than the paper's.
@@ -26,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from PIL import Image
 from benchmarks.learning import (
     BASE,
     CONCEPTS,
+    GATED,
     ROOT,
     TOKENS,
     WEIGHING,
@@ -172,21 +174,21 @@ def textual_inversion(script: Path) -> Callable[[Training], list[str]]:
     return command
 
 
-def ours(training: Training) -> list[str]:
-    """The command line that docs/small-model.md documents."""
+def ours(training: Training, **changes: object) -> list[str]:
+    """The command line that docs/small-model.md documents; `changes` replace or add flags."""
     noun = training.noun
-    own = recipe(
-        instance_data_dir=EXAMPLES[noun],
-        instance_prompt=f"photo of a {TOKENS[noun]} {noun}",
-        modifier_token=TOKENS[noun],
-        class_prompt=noun,
-        class_data_dir=training.class_images / noun,
-        output_dir=training.folder,
-        learning_rate=training.rate,
-        max_train_steps=training.steps,
-        seed=training.seed,
-    )
-    return [str(ROOT / "train_custom_diffusion.py"), *own]
+    flags_of_noun = {
+        "instance_data_dir": EXAMPLES[noun],
+        "instance_prompt": f"photo of a {TOKENS[noun]} {noun}",
+        "modifier_token": TOKENS[noun],
+        "class_prompt": noun,
+        "class_data_dir": training.class_images / noun,
+        "output_dir": training.folder,
+        "learning_rate": training.rate,
+        "max_train_steps": training.steps,
+        "seed": training.seed,
+    }
+    return [str(ROOT / "train_custom_diffusion.py"), *recipe(**(flags_of_noun | changes))]
 
 
 def load_inverted(folders: dict[str, Path]) -> DiffusionPipeline:
@@ -221,6 +223,11 @@ def load_ours(folders: dict[str, Path]) -> DiffusionPipeline:
         command = [sys.executable, ROOT / "merge.py", "--model_dir", *folders.values(), *WEIGHING]
         subprocess.run([*command, "--output_dir", weighed], check=True, cwd=ROOT)
     return with_concept(weighed)
+
+
+def load_gated(folders: dict[str, Path]) -> DiffusionPipeline:
+    """The base model with every concept at its own words."""
+    return with_concept(*folders.values())
 
 
 def methods(examples: Path) -> dict[str, Method]:
@@ -259,6 +266,14 @@ def methods(examples: Path) -> dict[str, Method]:
             STEPS,
             ours,
             load_ours,
+        ),
+        "gated": Method(
+            "ours, gated, without class images",
+            {noun: f"{token} {noun}" for noun, token in TOKENS.items()},
+            (2e-4, 5e-4, 1e-3),
+            STEPS,
+            partial(ours, **GATED),
+            load_gated,
         ),
     }
 
@@ -561,7 +576,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="Folder that keeps everything between runs.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2026, 41, 42], help="One training per concept each.")
     parser.add_argument("--images", type=int, default=24, help="Images per prompt.")
-    parser.add_argument("--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora or ours.")
+    parser.add_argument("--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora, ours or gated.")
     parser.add_argument("--short", action="store_true", help="A few steps of everything, to see whether it runs.")
     args = parser.parse_args(argv)
     known = methods(args.diffusers / "examples")
