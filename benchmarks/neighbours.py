@@ -509,7 +509,7 @@ COLUMNS: dict[str, tuple[Callable[[float], str], bool | None]] = {
     "image alignment": ("{:.3f}".format, True),
     "loss on unseen views": ("{:+.1%}".format, False),
     "loss on what was not taught": ("{:+.1%}".format, False),
-    "KID x 1000 of the class": ("{:.1f}".format, False),
+    "KID x 1000 of the class": ("{:.2f}".format, False),
     "learned apart": ("{:.0%}".format, True),
     "learned jointly": ("{:.0%}".format, True),
     "processor seconds": ("{:.0f}".format, False),
@@ -551,7 +551,7 @@ def table(rows: dict[str, tuple[Method, float, int, list[dict[str, float]]]], ba
     lines += [
         "",
         f"Learning rate and steps: {chosen}.",
-        f"KID x 1000 of the base model: {statistics.fmean(base_kid):.1f} ({min(base_kid):.1f} to {max(base_kid):.1f}).",
+        f"KID x 1000 of the base model: {statistics.fmean(base_kid):.2f} ({min(base_kid):.2f} to {max(base_kid):.2f}).",
         f"On the Pareto front of {', '.join(MERITS)}: {', '.join(front)}.",
         f"Features: {ENCODER}.",
     ]
