@@ -43,8 +43,10 @@ def find_instance_images(concepts: Sequence[ConceptEntry], with_masks: bool = Fa
         images = find_images(folder, left_out)
         if not images:
             raise UserError(f"there is no readable image in {str(folder)!r} (instance_data_dir)")
+        masks, of_no_image = find_mask_files(folder, images)
+        if masks and not with_masks:
+            logger.info(f"{len(masks)} of {len(images)} images in {folder} have a mask, which --masked_loss would use")
         if with_masks:
-            masks, of_no_image = find_mask_files(folder, images)
             left_out.take_back([folder / FOLDER_NAME, *masks.values()])
             left_out.add("masks of no image", of_no_image)
         captions, unused = find_captions(folder, images)
