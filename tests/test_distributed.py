@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from custom_diffusion.concept.files import load_concept
 from tests.conftest import ROOT, draw_images, flags, prepare, run_script
@@ -63,14 +64,22 @@ def test_the_processes_do_not_drift_apart(apart: tuple[Path, str]) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_encode_and_learn_the_same_of_images_in_their_own_shape(
+def test_two_processes_encode_and_learn_the_same_of_masked_images_in_their_own_shape(
     base_model: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:
     (tmp_path / "images").mkdir()
     for number, size in enumerate([(96, 96), (60, 100), (100, 60), (300, 60), (60, 110)]):
         draw_images(tmp_path / "drawn", number + 1, size)
         (tmp_path / "drawn" / f"{number}.png").rename(tmp_path / "images" / f"{number}.png")
-    more = {"aspect_buckets": True, "gradient_accumulation_steps": 1, "with_prior_preservation": None}
+    (tmp_path / "images" / "mask").mkdir()
+    Image.new("L", (60, 100), "white").save(tmp_path / "images" / "mask" / "1.png")
+    Image.linear_gradient("L").resize((60, 110)).save(tmp_path / "images" / "mask" / "4.png")
+    more = {
+        "aspect_buckets": True,
+        "masked_loss": True,
+        "gradient_accumulation_steps": 1,
+        "with_prior_preservation": None,
+    }
     two = two_processes(*run_flags(base_model, tmp_path / "images", tmp_path / "two", train_batch_size=1, **more))
     train_here(run_flags(base_model, tmp_path / "images", tmp_path / "one", train_batch_size=2, **more))
     assert "difference 0.0\n" in two

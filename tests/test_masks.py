@@ -259,6 +259,7 @@ def test_batches_have_masks_of_both_kinds_of_images(base_model_xl: Path, tmp_pat
     assert sorted(means[:3].tolist())[1:] == [1, 1], "two instance images have no mask"
     assert means[:3].min().item() == pytest.approx(56 * 56 / 96**2, abs=0.01)
     assert means[3:].tolist() == [1, 1, 1]
+    assert all(loss.isfinite() for loss in run.module(run.latents.draw(batch), **batch))
     run = prepare(flags(base_model_xl, tmp_path / "cat", tmp_path / "plain", **more))
     assert all("object_mask" not in batch for batch in training_batches(run))
 
