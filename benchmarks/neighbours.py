@@ -268,7 +268,7 @@ def methods(examples: Path) -> dict[str, Method]:
             load_ours,
         ),
         "gated": Method(
-            "ours, gated, without class images",
+            "Custom Diffusion, gated, ours",
             {noun: f"{token} {noun}" for noun, token in TOKENS.items()},
             (2e-4, 5e-4, 1e-3),
             STEPS,
@@ -514,7 +514,7 @@ COLUMNS: dict[str, tuple[Callable[[float], str], bool | None]] = {
     "learned jointly": ("{:.0%}".format, True),
     "processor seconds": ("{:.0f}".format, False),
     "peak bytes": (lambda value: f"{value / 2**30:.2f} GiB", False),
-    "bytes on disk": (lambda value: f"{value / 1e6:.2f} MB", False),
+    "bytes on disk": (lambda value: f"{value / 1e6:.2f} MB" if value >= 1e4 else f"{value / 1e3:.1f} kB", False),
 }
 # What the methods are for. A method is on the Pareto front if no other is as good in all of these and better in one.
 MERITS = ("as taught", "as taught, on the background", "loss on what was not taught", "learned apart")
@@ -566,7 +566,7 @@ def sheet(work: Path, names: dict[str, str]) -> Image.Image:
         for name in names
     ]
     own = [path for noun in TOKENS for path in sorted(EXAMPLES[noun].iterdir())[:5]]
-    return contact_sheet([own, *rows], ["What was taught: five images each", *names.values()], side=96)
+    return contact_sheet([own, *rows], ["What was taught: five images each", *names.values()], side=world.RESOLUTION)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
