@@ -10,18 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
 from transformers import CLIPTokenizer
 
 import export
+import infer
 import merge
+from benchmarks.gate import main as measure_speed
 from custom_diffusion import UserError, apply_concepts, load_concept, save_concept
 from custom_diffusion.concept.closed_form import UNGATE_RIDGE
 from custom_diffusion.concept.files import WEIGHTS_STEM
-from custom_diffusion.concept.gating import GatedWords, TokenGate, class_of
+from custom_diffusion.concept.gating import GatedWeights, GatedWords, TokenGate, class_of
 from custom_diffusion.concept.parts import Part
 from custom_diffusion.concept.projections import original_projections
 from custom_diffusion.concept.text_features import TextModels
@@ -182,6 +193,36 @@ def test_concepts_that_were_trained_apart_do_not_touch_each_other(
     assert not torch.equal(draw(pipeline, both), together)
 
 
+@pytest.fixture(scope="module")
+def pot(cat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A third concept: other words, and another change."""
+    concept, folder = load_concept(cat), tmp_path_factory.mktemp("gated-pot")
+    changes = {key: -change.flip(0) for key, change in concept.gates[0].whole().items()}
+    tokens = {"<new3>": {name: vector.flip(0) for name, vector in concept.tokens["<new1>"].items()}}
+    gate = GatedWeights(GatedWords(("<new3>",), ("wooden pot",)), changes)
+    shutil.copy(cat / "README.md", folder)  # which names the base model
+    save_concept(replace(concept, tokens=tokens, gates=(gate,)), folder)
+    return folder
+
+
+def test_each_of_three_concepts_is_as_alone_when_all_are_loaded(
+    cat: Path, plant: Path, pot: Path, tmp_path: Path
+) -> None:
+    own = {cat: "a <new1> cat in a bucket", plant: "a <new2> plant in a bucket", pot: "a <new3> wooden pot in a bucket"}
+
+    def images(name: str, *concepts: Path) -> dict[str, np.ndarray]:
+        prompts = [prompt for concept, prompt in own.items() if concept in concepts]
+        argv = ["--model_dir", *map(str, concepts), "--prompt", *prompts, f"--output_dir={tmp_path / name}"]
+        infer.main([*argv, "--num_inference_steps=2", "--height=64", "--width=64"])
+        files = [next((tmp_path / name).glob(f"{number:05d}_*.png")) for number in range(len(prompts))]
+        return {prompt: np.asarray(Image.open(file)) for prompt, file in zip(prompts, files, strict=True)}
+
+    together = images("together", *own)
+    for number, (concept, prompt) in enumerate(own.items()):
+        assert np.array_equal(together[prompt], images(f"alone-{number}", concept)[prompt])
+    assert len({image.tobytes() for image in together.values()}) == 3
+
+
 def test_keys_and_values_are_those_of_the_formula(cat: Path, pipeline: StableDiffusionPipeline) -> None:
     """``K = W0 c + scale m dW c``, with the positions found from the features alone."""
     concept, prompt = load_concept(cat), "a <new1> cat in a bucket"
@@ -229,6 +270,44 @@ def test_other_pipelines_that_share_the_models_are_gated_too(cat: Path, pipeline
     assert not torch.allclose(redraw("a <new1> cat"), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["inpainting", "ControlNet"])
+def test_inpainting_and_controlnet(cat: Path, pipeline: StableDiffusionPipeline, kind: str) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    if kind == "inpainting":
+        other: Any = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+        mask = torch.zeros(1, 1, 64, 64)
+        mask[..., 16:48, 16:48] = 1
+        given = {"image": image, "mask_image": mask, "strength": 1.0}
+    else:
+        controlnet = ControlNetModel.from_unet(pipeline.unet)
+        for block in controlnet.controlnet_down_blocks:  # zeros in a new one, which would change nothing
+            torch.nn.init.normal_(block.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+        other = StableDiffusionControlNetPipeline(
+            **pipeline.components, controlnet=controlnet, requires_safety_checker=False
+        )
+        given = {"image": image}
+
+    def redraw(*prompts: str, **more: Any) -> torch.Tensor:
+        repeated = {
+            name: own.repeat(len(prompts), 1, 1, 1) if torch.is_tensor(own) else own for name, own in given.items()
+        }
+        return draw(other, list(prompts), **repeated, **more)
+
+    plain, with_negative = redraw("a cat", "a dog"), redraw("a cat", "a dog", negative_prompt=["a bird", "a bird"])
+    assert not torch.allclose(plain, draw(pipeline, ["a cat", "a dog"]), atol=1e-3), "another pipeline"
+    applied = apply_concepts(other, load_concept(cat))
+    assert torch.equal(redraw("a cat", "a dog"), plain)
+    mixed = redraw("a <new1> cat", "a dog")
+    assert torch.equal(mixed[1], plain[1])
+    assert not torch.allclose(mixed[0], plain[0], atol=1e-3)
+    torch.testing.assert_close(mixed[:1], redraw("a <new1> cat"), atol=1e-4, rtol=0)
+    negative = redraw("a cat", "a dog", negative_prompt=["a <new1> bird", "a bird"])
+    assert torch.equal(negative[1], with_negative[1])
+    assert not torch.allclose(negative[0], with_negative[0], atol=1e-3)
+    applied.remove()
+    assert torch.equal(redraw("a cat", "a dog"), plain)
+
+
 def test_embeddings_of_the_pipeline_are_known_and_others_refused(cat: Path, pipeline: StableDiffusionPipeline) -> None:
     apply_concepts(pipeline, load_concept(cat))
     positive, negative = pipeline.encode_prompt("a <new1> cat", "cpu", 1, True)
@@ -266,6 +345,13 @@ def test_two_gated_concepts_need_words_of_their_own(cat: Path, pipeline: StableD
     with pytest.raises(UserError, match="another --modifier_token"):
         apply_concepts(pipeline, load_concept(cat), other)
     assert not pipeline.unet._forward_pre_hooks
+
+
+@pytest.mark.long
+def test_the_benchmark_of_speed_runs(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--device", "cpu"]
+    measure_speed(["--base_model_dir", str(base_model), *size])
+    assert "(median of 1)" in capsys.readouterr().out
 
 
 # --- exported ------------------------------------------------------------------------------------
