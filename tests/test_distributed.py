@@ -118,6 +118,32 @@ def test_two_processes_equal_one_with_the_double_batch(
 
 
 @pytest.mark.long
+def test_two_processes_train_gated_concepts_as_one_with_the_double_batch(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
+) -> None:
+    """Of two concepts, so that a process may have a step without a word of one of them; class captions have none."""
+    entries = [
+        {"instance_prompt": f"photo of a {words}", "class_prompt": words.split()[1], "instance_data_dir": str(folder),
+         "class_data_dir": str(draw_images(tmp_path / f"class-{words.split()[1]}", 5))}
+        for words, folder in (("<new1> cat", images), ("<new2> plant", draw_images(tmp_path / "plants", 4)))
+    ]  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    more = {"token_gate": True, "concepts_list": tmp_path / "list.json", "modifier_token": "<new1>+<new2>"}
+    more |= dict.fromkeys(("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"))
+    printed = two_processes(*run_flags(base_model, images, tmp_path / "two", train_batch_size=1, **more))
+    train_here(run_flags(base_model, images, tmp_path / "one", train_batch_size=2, **more))
+    assert "difference 0.0\n" in printed
+    one, two = load_concept(tmp_path / "one" / "out"), load_concept(tmp_path / "two" / "out")
+    assert len(one.gates) == len(two.gates) == 2
+    for mine, other in zip(one.gates, two.gates, strict=True):
+        for key, change in mine.whole().items():
+            moved = change.abs().max()
+            assert moved > 1e-3, "there is something to compare"
+            assert (change - other.whole()[key]).abs().max() < 1e-2 * moved
+    assert torch.allclose(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out"), atol=1e-5)
+
+
+@pytest.mark.long
 def test_two_processes_measure_the_validation_loss_of_one(base_model: Path, images: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "alone"):
         draw_images(folder / "class", 5)

@@ -39,6 +39,7 @@ OWN_IMAGES = ("docs/retrieval.md", "--path my_images")
 MERGE = ("docs/several-concepts.md", "cat-model pot-model")
 KEEP = ("docs/several-concepts.md", "--prior_weight")
 GATED = ("docs/several-concepts.md", "--token_gate")
+UNGATED = ("docs/several-concepts.md", "--ungate")
 SHARE = ("docs/sharing.md", "owner/name@v1")
 TABLE = ("docs/sharing.md", "--table")
 COMFY = ("docs/sharing.md", "--format lora --output_dir my-cat\n")
@@ -49,8 +50,8 @@ RESUME = ("docs/training.md", "--resume_from_checkpoint")
 CONFIG = ("docs/training.md", "--config")
 XL = ("docs/sdxl.md", "accelerate launch")
 RUN_HERE = (
-    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, GATED, SHARE, TABLE, COMFY, DELTA),
-    *(SMALL_MODEL, MASKS, RESUME, CONFIG, XL),
+    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, GATED, UNGATED, SHARE, TABLE, COMFY),
+    *(DELTA, SMALL_MODEL, MASKS, RESUME, CONFIG, XL),
 )
 # Those that none runs, and what tries them instead.
 RUN_ELSEWHERE = {
@@ -344,6 +345,8 @@ def test_the_commands_for_concepts_that_act_at_their_own_words(home: Path) -> No
     for folder in ("base", "examples"):
         (home / folder).symlink_to(ROOT / folder)
     run_block(commands(*GATED), home)
+    assert "misses" in run_block(commands(*UNGATED), home)
+    assert (home / "cat-lora" / "cat-lora.safetensors").exists()
     assert {name: tokens_of(home / name) for name in ("gated-cat", "gated-plant")} == {
         "gated-cat": ["<new1>"],
         "gated-plant": ["<new2>"],
