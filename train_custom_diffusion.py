@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from custom_diffusion.command_line import (
     DEFAULT_MODEL,
@@ -94,6 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
         "whole word cat), or else words that are one token.")
     add("--concepts_list", help="JSON file with several concepts: a list of {instance_prompt, class_prompt, "
         "instance_data_dir, class_data_dir}. Replaces the four flags of these names.")
+    add("--masked_loss", **is_on,
+        help="The loss counts inside the mask of each instance image: mask/photo.png or photo-masklabel.png beside "
+        "photo.jpg, white inside, or the image's own alpha channel, whose hidden colours are then shown.")
+    add("--unmasked_weight", type=float, default=0.1,
+        help="With it, how much the loss outside of the mask counts, from 0 to 1.")
     add("--hflip", **is_on, help="Mirror half of the images.")
     add("--noaug", **is_on, help="No resize augmentation of the instance images.")
     add("--padding_mode", default="constant", choices=["constant", "edge"],
@@ -245,6 +250,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--token_gate acts at a new word: give --modifier_token")
     if args.token_gate and args.freeze_model == "crossattn":
         parser.error("--token_gate gates keys and values; queries and outputs see no words: leave out --freeze_model")
+    if not 0 <= args.unmasked_weight <= 1:
+        parser.error(f"--unmasked_weight {args.unmasked_weight} is not between 0 and 1")
+    if args.unmasked_weight != parser.get_default("unmasked_weight") and not args.masked_loss:
+        parser.error("--unmasked_weight has no meaning without --masked_loss: leave it out, or give both")
     if args.concepts_list is None:
         if args.instance_data_dir is None or args.instance_prompt is None:
             parser.error("give --instance_data_dir and --instance_prompt, or --concepts_list")
@@ -376,15 +385,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from custom_diffusion.data.buckets import describe_buckets, find_buckets
+from custom_diffusion.data.buckets import describe_buckets, find_buckets, shapes_of
 from custom_diffusion.data.class_images import generate_class_images
 from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.data.masks import find_masks
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
 from custom_diffusion.training.attention import check_rank, train_attention
 from custom_diffusion.training.checkpoints import find_checkpoint
@@ -430,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args)
-    instance_images, validation_images = split_images(args, concepts, find_instance_images(concepts))
+    instance_images, validation_images = split_images(args, concepts, find_instance_images(concepts, args.masked_loss))
     class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     configuration = read_model(args, given_flags(argv))
@@ -439,14 +450,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
     check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
     gate = build_gate(concepts, instance_images, tokens, tokenizers) if args.token_gate else None
-    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes, gate)
+    masks = read_masks(args, [*instance_images, *validation_images], configuration)
+    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes, gate, masks)
     open_output_dir(args, settings, checkpoint, accelerator)
 
     # Without real class images, the base model draws its own idea of each class.
     if args.with_prior_preservation and not args.real_prior:
         generate_class_images(base_model, concepts, accelerator, args)
         class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
-    dataset = build_dataset(args, instance_images, class_images, configuration, tokenizers, accelerator.num_processes)
+    dataset = build_dataset(args, instance_images, class_images, masks, configuration, tokenizers, accelerator)
     steps = plan_steps(args, dataset, checkpoint, accelerator.num_processes)
     check_inputs(args, settings, class_images, steps, checkpoint, accelerator)
     # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
@@ -459,11 +471,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_attention(unet, args, 0 if gate is None else len(gate.concepts))
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
     parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)
-    model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma, gate)
+    model = CustomDiffusion(*parts, prior_loss_weight, args.snr_gamma, gate, args.unmasked_weight)
     fit_to_machine(model, args, accelerator, configuration.latent_size)
     optimizer = build_optimizer(args, list(model.trained().values()), accelerator)
-    lr_scheduler = build_schedule(args, optimizer, steps.stop)
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, build_schedule(args, optimizer, steps.stop))
     run = Run(
         args=args,
         settings=settings,
@@ -501,13 +512,24 @@ def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
     return configuration
 
 
+def read_masks(
+    args: argparse.Namespace, images: Sequence[tuple[Path, str]], configuration: ModelConfiguration
+) -> dict[Path, Path] | None:
+    """The masks of these images by their paths; None without ``--masked_loss``."""
+    if not args.masked_loss:
+        return None
+    buckets = find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
+    return find_masks([path for path, _ in images], shapes_of(images, buckets))
+
+
 def build_dataset(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
     class_images: Sequence[tuple[Path, str]],
+    masks: Mapping[Path, Path] | None,
     configuration: ModelConfiguration,
     tokenizers: dict[str, CLIPTokenizer],
-    num_processes: int,
+    accelerator: Accelerator,
 ) -> CustomDiffusionDataset:
     """The training samples."""
     buckets = find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
@@ -525,10 +547,11 @@ def build_dataset(
         seed=args.seed,
         variants=None if args.no_latent_cache else args.latent_variants,
         cutmix_probability=args.cutmix_probability,
-        samples_per_step=args.train_batch_size * num_processes * args.gradient_accumulation_steps,
+        samples_per_step=args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
         with_time_ids=configuration.family.reads_time_ids,
         buckets=buckets,
+        masks=masks,
     )
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.learning --seeds 11 12 13
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
     python -m benchmarks.learning --seeds 11 --apart
+    python -m benchmarks.learning --seeds 11 --apart --gated
     python -m benchmarks.learning --seeds 11 --pretrained_model_name_or_path=xl-twin --learning_rate=3e-4
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
@@ -10,7 +11,8 @@ saw, at fixed noise; which of all cat designs the images made by `<new1> cat` ar
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
 its token, and both come out beside each other in one image twice as wide; `--apart` the same of two that were taught
-each by itself and then merged. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
+each by itself and then merged. `--gated` teaches with `--token_gate`, without class images, and applies what was taught
+apart together, without merging. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
 makes in Stable Diffusion XL's layout. tests/test_learning.py holds these to bars.
 """
 
@@ -93,6 +95,13 @@ TOGETHER = {
     "max_train_steps": 1200,
     "cutmix_probability": 0.5,
 }
+# What `--token_gate` changes of either: what acts at its own words alone needs no class images.
+GATED = {
+    "token_gate": True,
+    **dict.fromkeys(
+        ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
+    ),
+}
 # Every size that the augmentation gives, with its words.
 SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}
 
@@ -115,27 +124,27 @@ def retrieve(class_prompt: str, folder: Path) -> None:
     subprocess.run([*command, "--min_size=64", count, "--class_data_dir", folder], check=True)
 
 
-def trainings(work: Path, seed: int, two: bool, apart: bool) -> dict[Path, list[str]]:
+def trainings(work: Path, seed: int, two: bool, apart: bool, gated: bool) -> dict[Path, list[str]]:
     """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images."""
-    class_images = work / "class"
+    changes: dict[Path, dict[str, object]] = {work / f"concept-{seed}": {"class_data_dir": work / "class" / "cat"}}
     if apart:
-        return {
-            work / f"{noun}-{seed}": recipe(
-                instance_data_dir=ROOT / "examples" / noun,
-                instance_prompt=f"photo of a {token} {noun}",
-                modifier_token=token,
-                class_prompt=noun,
-                class_data_dir=class_images / noun,
-                output_dir=work / f"{noun}-{seed}",
-                seed=seed,
-            )
+        changes = {
+            work / f"{noun}-{seed}": {
+                "instance_data_dir": ROOT / "examples" / noun,
+                "instance_prompt": f"photo of a {token} {noun}",
+                "modifier_token": token,
+                "class_prompt": noun,
+                "class_data_dir": work / "class" / noun,
+            }
             for noun, token in TOKENS.items()
         }
-    if two:
-        folder = work / f"two-{seed}"
-        return {folder: recipe_for_two(work, class_images, output_dir=folder, seed=seed)}
-    folder = work / f"concept-{seed}"
-    return {folder: recipe(class_data_dir=class_images / "cat", output_dir=folder, seed=seed)}
+    elif two:
+        changes = {work / f"two-{seed}": {}}
+    found = {}
+    for folder, own in changes.items():
+        own |= {"output_dir": folder, "seed": seed, **(GATED if gated else {})}
+        found[folder] = recipe_for_two(work, work / "class", **own) if two and not apart else recipe(**own)
+    return found
 
 
 def weigh(*folders: Path) -> Path:
@@ -182,11 +191,11 @@ def load_base(model: str | Path = BASE) -> DiffusionPipeline:
     return BaseModel(str(model)).pipeline(torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_concept(folder: Path) -> DiffusionPipeline:
-    """The base model that its card names, with a learned concept applied."""
-    concept = load_concept(folder)
-    pipeline = load_base(concept.base_model or BASE)
-    apply_concepts(pipeline, concept)
+def with_concept(*folders: Path) -> DiffusionPipeline:
+    """The base model that the cards name, with a learned concept applied, or several."""
+    concepts = [load_concept(folder) for folder in folders]
+    pipeline = load_base(concepts[0].base_model or BASE)
+    apply_concepts(pipeline, *concepts)
     return pipeline
 
 
@@ -323,9 +332,9 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     }
 
 
-def measure_two(folder: Path, seed: int, images: int = 24) -> dict[str, float]:
-    """Shares of `images` per prompt of the two concepts in `folder` that show what they should."""
-    learned, icons = with_concept(folder), load_designs()
+def measure_two(*folders: Path, seed: int, images: int = 24) -> dict[str, float]:
+    """Shares of `images` per prompt of the two concepts in one folder, or in two, that show what they should."""
+    learned, icons = with_concept(*folders), load_designs()
     judge = Judge(learned, icons, list(TOKENS))
     figures = {}
 
@@ -345,6 +354,19 @@ def measure_two(folder: Path, seed: int, images: int = 24) -> dict[str, float]:
     return figures
 
 
+def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: Path, seed: int) -> dict[str, float]:
+    """All figures of one seed; `more` are flags of training."""
+    runs = trainings(work, seed, arguments.two, arguments.apart, arguments.gated)
+    for folder, flags in runs.items():
+        if not folder.exists():
+            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+            subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
+    taught = list(runs) if arguments.gated else [weigh(*runs)]
+    if arguments.two or arguments.apart:
+        return measure_two(*taught, seed=seed)
+    return measure(*taught, seed=seed)
+
+
 def main() -> None:
     """Train and measure for every seed, and print mean and spread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
@@ -354,20 +376,20 @@ def main() -> None:
     )
     parser.add_argument("--two", action="store_true", help="Teach cat and plant together.")
     parser.add_argument("--apart", action="store_true", help="Teach cat and plant each by itself, and merge them.")
+    parser.add_argument(
+        "--gated",
+        action="store_true",
+        help="Teach what acts at its own words alone, without class images; of --apart, apply both without merging.",
+    )
     arguments, more = parser.parse_known_args()
-    two = arguments.two or arguments.apart
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        for noun in TOKENS if two else ("cat",):
-            retrieve(noun, work / "class" / noun)
+        if not arguments.gated:
+            for noun in TOKENS if arguments.two or arguments.apart else ("cat",):
+                retrieve(noun, work / "class" / noun)
         for seed in tqdm(arguments.seeds, desc="Seeds"):
-            runs = trainings(work, seed, arguments.two, arguments.apart)
-            for folder, flags in runs.items():
-                if not folder.exists():
-                    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
-                    subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
-            for name, value in (measure_two if two else measure)(weigh(*runs), seed).items():
+            for name, value in teach_and_measure(arguments, more, work, seed).items():
                 rows.setdefault(name, []).append(value)
     print(f"seeds {arguments.seeds}; nearest by {ENCODER}")
     for name, values in rows.items():

@@ -4,11 +4,12 @@
     python -m benchmarks.neighbours --diffusers diffusers --work neighbours
 
 teaches noto's cat and plant to the model in `base/`, which has never seen them, with diffusers' own scripts for Textual
-Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours; and measures the results alike. Every
-method gets the same images, batch, class images and number of tries: three learning rates, then the best of them with
-twice the steps, on a seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets
-twice as many in each. Figures are means over the other seeds, with the least and the most; `neighbours.md` in
-`--work` has them and `neighbours.png` images of the first. What is in `--work` already is not made again.
+Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours, as the paper has it and with
+`--token_gate`; and measures the results alike. Every method gets the same images, batch and number of tries, and the
+same class images if it takes any. The tries are three learning rates, then the best of them with twice the steps, on a
+seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets twice as many in each.
+Figures are means over the other seeds, with the least and the most; `neighbours.md` in `--work` has them and
+`neighbours.png` images of the first. What is in `--work` already is not made again.
 
 Images are judged by MobileNetV2, so that nothing is downloaded: alignment and KID are `evaluate.py`'s formulas, with
 other features than the paper's.
@@ -26,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from PIL import Image
 from benchmarks.learning import (
     BASE,
     CONCEPTS,
+    GATED,
     ROOT,
     TOKENS,
     WEIGHING,
@@ -70,6 +72,24 @@ CHOOSING_SEED = 11
 
 
 @dataclass(frozen=True)
+class Training:
+    """One training of one concept.
+
+    Attributes:
+        noun: what is taught.
+        class_images: the folder that has a folder of class images for each noun.
+        folder: for the result.
+    """
+
+    noun: str
+    class_images: Path
+    folder: Path
+    rate: float
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to teach a concept.
 
@@ -78,7 +98,7 @@ class Method:
         called: what stands for a noun in a prompt, by noun.
         rates: the learning rates to try.
         steps: of training to try the rates with; twice as many are tried, too.
-        command: program and flags, of noun, folder for the result, folder of class images, rate, steps, and seed.
+        command: program and flags of a training.
         load: the pipeline, of the folders of one or more nouns by noun.
         several: whether what was learned apart can be loaded together.
     """
@@ -87,7 +107,7 @@ class Method:
     called: dict[str, str]
     rates: tuple[float, ...]
     steps: int
-    command: Callable[[str, Path, Path, float, int, int], list[str]]
+    command: Callable[[Training], list[str]]
     load: Callable[[dict[str, Path]], DiffusionPipeline]
     several: bool = True
 
@@ -97,40 +117,38 @@ def flags(**values: object) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
 
 
-def of_diffusers(script: Path, folder: Path, rate: float, steps: int, seed: int, **more: object) -> list[str]:
+def of_diffusers(script: Path, training: Training, **more: object) -> list[str]:
     """The command line that the scripts of diffusers share."""
     return [
         str(script),
         *flags(
             pretrained_model_name_or_path=BASE,
-            output_dir=folder,
+            output_dir=training.folder,
             resolution=world.RESOLUTION,
             train_batch_size=BATCH,
-            learning_rate=rate,
+            learning_rate=training.rate,
             lr_scheduler="constant",
             lr_warmup_steps=0,
-            max_train_steps=steps,
-            seed=seed,
+            max_train_steps=training.steps,
+            seed=training.seed,
             **more,
         ),
     ]
 
 
-def dreambooth(script: Path) -> Callable[[str, Path, Path, float, int, int], list[str]]:
+def dreambooth(script: Path) -> Callable[[Training], list[str]]:
     """The command line of DreamBooth with prior preservation, with LoRA or without."""
 
-    def command(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
+    def command(training: Training) -> list[str]:
+        noun, class_images = training.noun, training.class_images / training.noun / "images"
         return of_diffusers(
             script,
-            folder,
-            rate,
-            steps,
-            seed,
+            training,
             instance_data_dir=EXAMPLES[noun],
             instance_prompt=f"photo of a {RARE[noun]} {noun}",
             class_prompt=f"photo of a {noun}",
-            class_data_dir=class_images / noun / "images",
-            num_class_images=len(list((class_images / noun / "images").iterdir())),
+            class_data_dir=class_images,
+            num_class_images=len(list(class_images.iterdir())),
             with_prior_preservation=True,
             prior_loss_weight=1.0,
             checkpointing_steps=10**6,
@@ -139,19 +157,16 @@ def dreambooth(script: Path) -> Callable[[str, Path, Path, float, int, int], lis
     return command
 
 
-def textual_inversion(script: Path) -> Callable[[str, Path, Path, float, int, int], list[str]]:
+def textual_inversion(script: Path) -> Callable[[Training], list[str]]:
     """The command line of Textual Inversion, which has no class images."""
 
-    def command(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
+    def command(training: Training) -> list[str]:
         return of_diffusers(
             script,
-            folder,
-            rate,
-            steps,
-            seed,
-            train_data_dir=EXAMPLES[noun],
-            placeholder_token=TOKENS[noun],
-            initializer_token=noun,
+            training,
+            train_data_dir=EXAMPLES[training.noun],
+            placeholder_token=TOKENS[training.noun],
+            initializer_token=training.noun,
             save_steps=10**6,
             checkpointing_steps=10**6,
         )
@@ -159,20 +174,21 @@ def textual_inversion(script: Path) -> Callable[[str, Path, Path, float, int, in
     return command
 
 
-def ours(noun: str, folder: Path, class_images: Path, rate: float, steps: int, seed: int) -> list[str]:
-    """The command line that docs/small-model.md documents."""
-    own = recipe(
-        instance_data_dir=EXAMPLES[noun],
-        instance_prompt=f"photo of a {TOKENS[noun]} {noun}",
-        modifier_token=TOKENS[noun],
-        class_prompt=noun,
-        class_data_dir=class_images / noun,
-        output_dir=folder,
-        learning_rate=rate,
-        max_train_steps=steps,
-        seed=seed,
-    )
-    return [str(ROOT / "train_custom_diffusion.py"), *own]
+def ours(training: Training, **changes: object) -> list[str]:
+    """The command line that docs/small-model.md documents; `changes` replace or add flags."""
+    noun = training.noun
+    flags_of_noun = {
+        "instance_data_dir": EXAMPLES[noun],
+        "instance_prompt": f"photo of a {TOKENS[noun]} {noun}",
+        "modifier_token": TOKENS[noun],
+        "class_prompt": noun,
+        "class_data_dir": training.class_images / noun,
+        "output_dir": training.folder,
+        "learning_rate": training.rate,
+        "max_train_steps": training.steps,
+        "seed": training.seed,
+    }
+    return [str(ROOT / "train_custom_diffusion.py"), *recipe(**(flags_of_noun | changes))]
 
 
 def load_inverted(folders: dict[str, Path]) -> DiffusionPipeline:
@@ -207,6 +223,11 @@ def load_ours(folders: dict[str, Path]) -> DiffusionPipeline:
         command = [sys.executable, ROOT / "merge.py", "--model_dir", *folders.values(), *WEIGHING]
         subprocess.run([*command, "--output_dir", weighed], check=True, cwd=ROOT)
     return with_concept(weighed)
+
+
+def load_gated(folders: dict[str, Path]) -> DiffusionPipeline:
+    """The base model with every concept at its own words."""
+    return with_concept(*folders.values())
 
 
 def methods(examples: Path) -> dict[str, Method]:
@@ -245,6 +266,14 @@ def methods(examples: Path) -> dict[str, Method]:
             STEPS,
             ours,
             load_ours,
+        ),
+        "gated": Method(
+            "Custom Diffusion, gated, ours",
+            {noun: f"{token} {noun}" for noun, token in TOKENS.items()},
+            (2e-4, 5e-4, 1e-3),
+            STEPS,
+            partial(ours, **GATED),
+            load_gated,
         ),
     }
 
@@ -410,7 +439,8 @@ class Contest:
     def concept(self, name: str, method: Method, noun: str, rate: float, steps: int, seed: int) -> Path:
         """The folder of a learned concept, trained where it is not there."""
         folder = self.work / name / f"{noun}-{rate:g}-{steps}-{seed}" / "result"
-        train(method.command(noun, folder, self.work / "class", rate, max(steps // self.divide, 1), seed), folder)
+        training = Training(noun, self.work / "class", folder, rate, max(steps // self.divide, 1), seed)
+        train(method.command(training), folder)
         return folder
 
     def figures(
@@ -479,12 +509,12 @@ COLUMNS: dict[str, tuple[Callable[[float], str], bool | None]] = {
     "image alignment": ("{:.3f}".format, True),
     "loss on unseen views": ("{:+.1%}".format, False),
     "loss on what was not taught": ("{:+.1%}".format, False),
-    "KID x 1000 of the class": ("{:.1f}".format, False),
+    "KID x 1000 of the class": ("{:.2f}".format, False),
     "learned apart": ("{:.0%}".format, True),
     "learned jointly": ("{:.0%}".format, True),
     "processor seconds": ("{:.0f}".format, False),
     "peak bytes": (lambda value: f"{value / 2**30:.2f} GiB", False),
-    "bytes on disk": (lambda value: f"{value / 1e6:.2f} MB", False),
+    "bytes on disk": (lambda value: f"{value / 1e6:.2f} MB" if value >= 1e4 else f"{value / 1e3:.1f} kB", False),
 }
 # What the methods are for. A method is on the Pareto front if no other is as good in all of these and better in one.
 MERITS = ("as taught", "as taught, on the background", "loss on what was not taught", "learned apart")
@@ -521,7 +551,7 @@ def table(rows: dict[str, tuple[Method, float, int, list[dict[str, float]]]], ba
     lines += [
         "",
         f"Learning rate and steps: {chosen}.",
-        f"KID x 1000 of the base model: {statistics.fmean(base_kid):.1f} ({min(base_kid):.1f} to {max(base_kid):.1f}).",
+        f"KID x 1000 of the base model: {statistics.fmean(base_kid):.2f} ({min(base_kid):.2f} to {max(base_kid):.2f}).",
         f"On the Pareto front of {', '.join(MERITS)}: {', '.join(front)}.",
         f"Features: {ENCODER}.",
     ]
@@ -536,7 +566,7 @@ def sheet(work: Path, names: dict[str, str]) -> Image.Image:
         for name in names
     ]
     own = [path for noun in TOKENS for path in sorted(EXAMPLES[noun].iterdir())[:5]]
-    return contact_sheet([own, *rows], ["What was taught: five images each", *names.values()], side=96)
+    return contact_sheet([own, *rows], ["What was taught: five images each", *names.values()], side=world.RESOLUTION)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -546,7 +576,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="Folder that keeps everything between runs.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2026, 41, 42], help="One training per concept each.")
     parser.add_argument("--images", type=int, default=24, help="Images per prompt.")
-    parser.add_argument("--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora or ours.")
+    parser.add_argument("--methods", nargs="+", help="Only these: textual_inversion, dreambooth, lora, ours or gated.")
     parser.add_argument("--short", action="store_true", help="A few steps of everything, to see whether it runs.")
     args = parser.parse_args(argv)
     known = methods(args.diffusers / "examples")

@@ -24,7 +24,9 @@ from custom_diffusion.text import first_line
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def load_image(source: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
+def load_image(
+    source: str | os.PathLike | IO[bytes], least_side: int | None = None, background: str | None = "white"
+) -> Image.Image:
     """Open an image as people see it: upright, in sRGB, transparency on white, any mode as 8-bit RGB.
 
     Whatever is wrong with its metadata, an image whose pixels can be decoded is read; broken colour profiles and
@@ -34,11 +36,35 @@ def load_image(source: str | os.PathLike | IO[bytes], least_side: int | None = N
         source: path of the file, or the open file.
         least_side: a JPEG may come out smaller than it is, which is several times faster, but not below this many
             pixels.
+        background: what transparent parts are laid on; None to show the colours that transparency hides.
 
     Raises:
         OSError: for files that cannot be read, or are no (whole) image.
         Image.DecompressionBombError: for images too large to decode.
     """
+    image = _load(source, least_side)
+    if image.mode == "RGBA" and background is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_alpha(source: str | os.PathLike | IO[bytes]) -> Image.Image | None:
+    """How opaque an image is, upright and in the mode L: 0 where it is transparent, 255 where it is opaque.
+
+    None where it is opaque everywhere.
+
+    Raises:
+        OSError, Image.DecompressionBombError: as :func:`load_image` does.
+    """
+    image = _load(source, None)
+    if image.mode != "RGBA":
+        return None
+    alpha = image.getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _load(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Image.Image:
+    """The image in the mode RGBA where it has transparency, else RGB."""
     try:
         return _decode(source, least_side)
     except (Image.DecompressionBombError, MemoryError):
@@ -105,10 +131,7 @@ def _decode(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Im
             full_scale = 65535 if grey.max() > 255 else 255
             image = Image.fromarray((grey * (255 / full_scale)).clip(0, 255).astype(np.uint8))
         image = to_srgb(image, opened.info.get("icc_profile"))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     # Whoever saves the image would otherwise write it beside pixels that it no longer fits.
     image.info.pop("icc_profile", None)
     return image

@@ -39,17 +39,19 @@ OWN_IMAGES = ("docs/retrieval.md", "--path my_images")
 MERGE = ("docs/several-concepts.md", "cat-model pot-model")
 KEEP = ("docs/several-concepts.md", "--prior_weight")
 GATED = ("docs/several-concepts.md", "--token_gate")
+UNGATED = ("docs/several-concepts.md", "--ungate")
 SHARE = ("docs/sharing.md", "owner/name@v1")
 TABLE = ("docs/sharing.md", "--table")
 COMFY = ("docs/sharing.md", "--format lora --output_dir my-cat\n")
 DELTA = ("docs/sharing.md", "--output_dir cat-delta")
 SMALL_MODEL = ("docs/small-model.md", "emoji-cat")
+MASKS = ("docs/training.md", "--masked_loss")
 RESUME = ("docs/training.md", "--resume_from_checkpoint")
 CONFIG = ("docs/training.md", "--config")
 XL = ("docs/sdxl.md", "accelerate launch")
 RUN_HERE = (
-    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, GATED, SHARE, TABLE, COMFY, DELTA),
-    *(SMALL_MODEL, RESUME, CONFIG, XL),
+    *(TRAINING, INFERENCE, REAL_IMAGES, SEVERAL, EXPORT, OWN_IMAGES, MERGE, KEEP, GATED, UNGATED, SHARE, TABLE, COMFY),
+    *(DELTA, SMALL_MODEL, MASKS, RESUME, CONFIG, XL),
 )
 # Those that none runs, and what tries them instead.
 RUN_ELSEWHERE = {
@@ -343,11 +345,24 @@ def test_the_commands_for_concepts_that_act_at_their_own_words(home: Path) -> No
     for folder in ("base", "examples"):
         (home / folder).symlink_to(ROOT / folder)
     run_block(commands(*GATED), home)
+    assert "misses" in run_block(commands(*UNGATED), home)
+    assert (home / "cat-lora" / "cat-lora.safetensors").exists()
     assert {name: tokens_of(home / name) for name in ("gated-cat", "gated-plant")} == {
         "gated-cat": ["<new1>"],
         "gated-plant": ["<new2>"],
     }
     assert len(list((home / "samples").glob("0*.png"))) == 4
+
+
+@pytest.mark.long
+def test_the_commands_for_masks(home: Path) -> None:
+    shutil.rmtree(home / "examples")
+    for folder in ("base", "examples"):
+        (home / folder).symlink_to(ROOT / folder)
+    run_block(commands(*MASKS), home)
+    assert tokens_of(home / "masked-concepts") == ["<new1>", "<new2>"]
+    settings = json.loads((home / "masked-concepts" / "training_settings.json").read_text())
+    assert [name for name, _ in settings["masks"]] == 2 * [f"{number}.png" for number in range(1, 6)]
 
 
 @pytest.mark.long

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
 from transformers import CLIPTokenizer
 
 import export
+import infer
 import merge
+from benchmarks.gate import main as measure_speed
 from custom_diffusion import UserError, apply_concepts, load_concept, save_concept
+from custom_diffusion.concept.closed_form import UNGATE_RIDGE
 from custom_diffusion.concept.files import WEIGHTS_STEM
-from custom_diffusion.concept.gating import GatedWords, TokenGate, class_of
+from custom_diffusion.concept.gating import GatedWeights, GatedWords, TokenGate, class_of
+from custom_diffusion.concept.parts import Part
+from custom_diffusion.concept.projections import original_projections
+from custom_diffusion.concept.text_features import TextModels
+from custom_diffusion.models.base_model import BaseModel
 from tests.conftest import MakeOnce, draw_images, flags, prepare, train
 
 CAT, POT = GatedWords(("<new1>",), ("cat",)), GatedWords(("<new2>",), ("wooden pot",))
@@ -175,6 +193,36 @@ def test_concepts_that_were_trained_apart_do_not_touch_each_other(
     assert not torch.equal(draw(pipeline, both), together)
 
 
+@pytest.fixture(scope="module")
+def pot(cat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A third concept: other words, and another change."""
+    concept, folder = load_concept(cat), tmp_path_factory.mktemp("gated-pot")
+    changes = {key: -change.flip(0) for key, change in concept.gates[0].whole().items()}
+    tokens = {"<new3>": {name: vector.flip(0) for name, vector in concept.tokens["<new1>"].items()}}
+    gate = GatedWeights(GatedWords(("<new3>",), ("wooden pot",)), changes)
+    shutil.copy(cat / "README.md", folder)  # which names the base model
+    save_concept(replace(concept, tokens=tokens, gates=(gate,)), folder)
+    return folder
+
+
+def test_each_of_three_concepts_is_as_alone_when_all_are_loaded(
+    cat: Path, plant: Path, pot: Path, tmp_path: Path
+) -> None:
+    own = {cat: "a <new1> cat in a bucket", plant: "a <new2> plant in a bucket", pot: "a <new3> wooden pot in a bucket"}
+
+    def images(name: str, *concepts: Path) -> dict[str, np.ndarray]:
+        prompts = [prompt for concept, prompt in own.items() if concept in concepts]
+        argv = ["--model_dir", *map(str, concepts), "--prompt", *prompts, f"--output_dir={tmp_path / name}"]
+        infer.main([*argv, "--num_inference_steps=2", "--height=64", "--width=64"])
+        files = [next((tmp_path / name).glob(f"{number:05d}_*.png")) for number in range(len(prompts))]
+        return {prompt: np.asarray(Image.open(file)) for prompt, file in zip(prompts, files, strict=True)}
+
+    together = images("together", *own)
+    for number, (concept, prompt) in enumerate(own.items()):
+        assert np.array_equal(together[prompt], images(f"alone-{number}", concept)[prompt])
+    assert len({image.tobytes() for image in together.values()}) == 3
+
+
 def test_keys_and_values_are_those_of_the_formula(cat: Path, pipeline: StableDiffusionPipeline) -> None:
     """``K = W0 c + scale m dW c``, with the positions found from the features alone."""
     concept, prompt = load_concept(cat), "a <new1> cat in a bucket"
@@ -222,6 +270,44 @@ def test_other_pipelines_that_share_the_models_are_gated_too(cat: Path, pipeline
     assert not torch.allclose(redraw("a <new1> cat"), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["inpainting", "ControlNet"])
+def test_inpainting_and_controlnet(cat: Path, pipeline: StableDiffusionPipeline, kind: str) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    if kind == "inpainting":
+        other: Any = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+        mask = torch.zeros(1, 1, 64, 64)
+        mask[..., 16:48, 16:48] = 1
+        given = {"image": image, "mask_image": mask, "strength": 1.0}
+    else:
+        controlnet = ControlNetModel.from_unet(pipeline.unet)
+        for block in controlnet.controlnet_down_blocks:  # zeros in a new one, which would change nothing
+            torch.nn.init.normal_(block.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+        other = StableDiffusionControlNetPipeline(
+            **pipeline.components, controlnet=controlnet, requires_safety_checker=False
+        )
+        given = {"image": image}
+
+    def redraw(*prompts: str, **more: Any) -> torch.Tensor:
+        repeated = {
+            name: own.repeat(len(prompts), 1, 1, 1) if torch.is_tensor(own) else own for name, own in given.items()
+        }
+        return draw(other, list(prompts), **repeated, **more)
+
+    plain, with_negative = redraw("a cat", "a dog"), redraw("a cat", "a dog", negative_prompt=["a bird", "a bird"])
+    assert not torch.allclose(plain, draw(pipeline, ["a cat", "a dog"]), atol=1e-3), "another pipeline"
+    applied = apply_concepts(other, load_concept(cat))
+    assert torch.equal(redraw("a cat", "a dog"), plain)
+    mixed = redraw("a <new1> cat", "a dog")
+    assert torch.equal(mixed[1], plain[1])
+    assert not torch.allclose(mixed[0], plain[0], atol=1e-3)
+    torch.testing.assert_close(mixed[:1], redraw("a <new1> cat"), atol=1e-4, rtol=0)
+    negative = redraw("a cat", "a dog", negative_prompt=["a <new1> bird", "a bird"])
+    assert torch.equal(negative[1], with_negative[1])
+    assert not torch.allclose(negative[0], with_negative[0], atol=1e-3)
+    applied.remove()
+    assert torch.equal(redraw("a cat", "a dog"), plain)
+
+
 def test_embeddings_of_the_pipeline_are_known_and_others_refused(cat: Path, pipeline: StableDiffusionPipeline) -> None:
     apply_concepts(pipeline, load_concept(cat))
     positive, negative = pipeline.encode_prompt("a <new1> cat", "cpu", 1, True)
@@ -249,7 +335,7 @@ def test_merging_and_exporting_say_what_to_use_instead(cat: Path, plant: Path, t
     with pytest.raises(UserError, match="needs no merging"):
         merge.main(["--model_dir", str(cat), str(plant), "--output_dir", str(tmp_path / "merged")])
     for name in ("lora", "delta", "pipeline"):
-        with pytest.raises(UserError, match=r"infer\.py or apply_concepts"):
+        with pytest.raises(UserError, match=r"infer\.py or apply_concepts.*--ungate"):
             export.main(["--model_dir", str(cat), "--format", name, "--output_dir", str(tmp_path / name)])
     assert not list(tmp_path.iterdir())
 
@@ -259,6 +345,133 @@ def test_two_gated_concepts_need_words_of_their_own(cat: Path, pipeline: StableD
     with pytest.raises(UserError, match="another --modifier_token"):
         apply_concepts(pipeline, load_concept(cat), other)
     assert not pipeline.unet._forward_pre_hooks
+
+
+@pytest.mark.long
+def test_the_benchmark_of_speed_runs(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--device", "cpu"]
+    measure_speed(["--base_model_dir", str(base_model), *size])
+    assert "(median of 1)" in capsys.readouterr().out
+
+
+# --- exported ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(cat: Path, plant: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two gated concepts in one folder, one of whole matrices and one of low rank."""
+    one, other = load_concept(cat), load_concept(plant)
+    folder = tmp_path_factory.mktemp("both")
+    shutil.copy(cat / "README.md", folder)
+    save_concept(replace(one, tokens=one.tokens | other.tokens, gates=one.gates + other.gates), folder)
+    return folder
+
+
+PROMPTS = ("a <new1> cat in the snow", "two <new1> cats", "a <new2> plant", "a cat in the snow", "a dog beside a plant")
+
+
+def ungate(concept: Path, base_model: Path, folder: Path, *more: str) -> None:
+    (folder.parent / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = ["--ungate", "--prompts_file", str(folder.parent / "prompts.txt"), "--output_dir", str(folder)]
+    export.main(["--model_dir", str(concept), "--pretrained_model_name_or_path", str(base_model), *options, *more])
+
+
+def relative(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return (part.norm() / whole.norm()).item()
+
+
+def test_an_export_without_gate_is_the_least_squares_solution_and_says_what_it_lacks(
+    base_model: Path, both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ungate(both, base_model, tmp_path / "delta", "--format", "delta")
+    said = re.search(r"misses ([\d.]+)% .* moves keys and values by ([\d.]+)% ", capsys.readouterr().out)
+    assert said is not None
+    concept, plain = load_concept(both), load_concept(tmp_path / "delta")
+    assert not plain.gates
+    originals = original_projections(BaseModel(str(base_model)), plain.attention)
+
+    models = TextModels.load(BaseModel(str(base_model)))
+    models.add_tokens([Part(concept, {})])
+    ids = models.tokenize(PROMPTS)
+    with torch.no_grad():
+        features = models.family.encode(models.text_encoders, ids)["features"].double()
+    mask = TokenGate(models.tokenizers["text_encoder"], [gate.words for gate in concept.gates]).mask(
+        ids["text_encoder"]
+    )
+    # Prompts with the words and prompts without weigh the same.
+    weights = torch.tensor([1 / 3] * 3 + [1 / 2] * 2, dtype=torch.float64).sqrt()[:, None, None]
+    rows, words = (features * weights).flatten(0, 1), mask.any(-1).flatten()
+    ridge = UNGATE_RIDGE * rows.square().sum(0).mean() * torch.eye(rows.shape[1], dtype=torch.float64)
+    missed, learned, moved, known = [], [], [], []
+    for key, original in originals.items():
+        acts = [gate.whole()[key].double() for gate in concept.gates]
+        wanted = sum((mask[..., n, None] * weights * (features @ act.T)).flatten(0, 1) for n, act in enumerate(acts))
+        zeros = torch.zeros(rows.shape[1], len(original), dtype=torch.float64)
+        best = torch.linalg.lstsq(torch.cat([rows, ridge.sqrt()]), torch.cat([wanted, zeros])).solution
+        change = plain.attention[key].double() - original.double()
+        torch.testing.assert_close(change, best.T, atol=1e-5, rtol=1e-3)
+        missed.append((rows @ change.T - wanted)[words])
+        learned.append(wanted[words])
+        moved.append((rows @ change.T)[~words])
+        known.append((rows @ original.double().T)[~words])
+    figures = [
+        100 * relative(torch.cat(part, 1), torch.cat(whole, 1)) for part, whole in ((missed, learned), (moved, known))
+    ]
+    assert figures == pytest.approx([float(text) for text in said.groups()], abs=0.051)
+    assert 0 < figures[0] < 90
+
+
+def test_every_format_holds_the_ungated_weights(base_model: Path, cat: Path, tmp_path: Path) -> None:
+    full = {"lora": ["--energy", "1", "--dtype", "fp32"], "delta": [], "pipeline": []}
+    prompt = "a <new1> cat in the snow"
+    images = {}
+    for name, more in full.items():
+        ungate(cat, base_model, tmp_path / name, "--format", name, *more)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "load_attn_procs" in card
+        assert re.search(r"misses [\d.]+% of what was learned", card)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            tmp_path / name if name == "pipeline" else base_model, safety_checker=None
+        )
+        if name == "lora":
+            pipeline.load_lora_weights(tmp_path / name, weight_name="lora.safetensors")
+            pipeline.load_textual_inversion(tmp_path / name, weight_name="new1.safetensors", token="<new1>")
+        if name == "delta":
+            apply_concepts(pipeline, load_concept(tmp_path / name))
+        images[name] = draw(pipeline, prompt)
+    assert torch.equal(images["pipeline"], images["delta"])
+    torch.testing.assert_close(images["lora"], images["delta"], atol=2 / 255, rtol=0)
+    words_only = StableDiffusionPipeline.from_pretrained(base_model, safety_checker=None)
+    apply_concepts(words_only, replace(load_concept(cat), gates=()))
+    assert not torch.allclose(draw(words_only, prompt), images["delta"], atol=2 / 255)
+
+
+def test_without_prompts_it_is_captions_with_the_concept_and_without(
+    base_model: Path, cat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.main(["--model_dir", str(cat), "--table", "--ungate"])
+    said = re.search(r"over (\d+) prompts with these words and (\d+) without", capsys.readouterr().out)
+    assert said is not None
+    assert int(said[1]) > 500, "alone, and beside what captions show"
+    assert int(said[2]) == 500
+
+
+def test_what_cannot_be_ungated_is_refused(
+    base_model: Path, cat: Path, both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, options = tmp_path / "prompts.txt", ["--format=delta", f"--output_dir={tmp_path / 'out'}"]
+    path.write_text("a <new1> cat\na dog")
+    with pytest.raises(UserError, match="no prompt has <new2>"):
+        export.main([f"--model_dir={both}", "--ungate", f"--prompts_file={path}", *options])
+    with pytest.raises(UserError, match=r"--prompts_file .* cannot be read"):
+        export.main([f"--model_dir={both}", "--ungate", f"--prompts_file={tmp_path / 'none.txt'}", *options])
+    save_concept(replace(load_concept(cat), gates=()), tmp_path / "plain")
+    with pytest.raises(UserError, match="has no gate"):
+        export.main([f"--model_dir={tmp_path / 'plain'}", "--ungate", *options])
+    with pytest.raises(SystemExit):
+        export.main([f"--model_dir={cat}", f"--prompts_file={path}", *options])
+    assert "--prompts_file is for --ungate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- runs ----------------------------------------------------------------------------------------

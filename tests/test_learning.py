@@ -126,7 +126,7 @@ def both(class_images: Path, cat: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def figures_of_two(both: Path) -> dict[str, float]:
-    return measure_two(both, SEED)
+    return measure_two(both, seed=SEED)
 
 
 @learning

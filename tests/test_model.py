@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from custom_diffusion.concept.gating import GatedWords, TokenGate
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import StableDiffusion
 from custom_diffusion.training.attention import swap_attention_processors
@@ -26,13 +27,17 @@ def load(
     train_q_out: bool = False,
     rank: int | None = None,
     alpha: float | None = None,
+    gated: tuple[GatedWords, ...] = (),
     **options: object,
 ) -> CustomDiffusion:
     model, family = BaseModel(str(folder)), StableDiffusion()
-    modifier_tokens = add_modifier_tokens(model.tokenizers(family), tokens, ["ktn", "pll", "ucd"][: len(tokens)])
+    tokenizers = model.tokenizers(family)
+    modifier_tokens = add_modifier_tokens(tokenizers, tokens, ["ktn", "pll", "ucd"][: len(tokens)])
     text_encoders, unet = model.text_encoders(family), model.unet()
     train_new_words(text_encoders, modifier_tokens)
-    swap_attention_processors(unet, train_q_out, rank=rank, alpha=alpha)
+    swap_attention_processors(unet, train_q_out, rank=rank, alpha=alpha, gated=len(gated))
+    if gated:
+        options["gate"] = TokenGate(tokenizers["text_encoder"], gated)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     return CustomDiffusion(family, text_encoders, unet, scheduler, modifier_tokens, **options)
 
@@ -47,6 +52,9 @@ def batch(model: CustomDiffusion, ids: list[int] | None = None) -> dict[str, tor
         "input_ids": {"text_encoder": torch.tensor([ids, ids])},
         "mask": torch.ones(2, 1, 8, 8),
     }
+
+
+GATED = (GatedWords(("<new1>",), ("cat",)), GatedWords(("<new2>",), ("cat",)))
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -372,8 +380,9 @@ def test_training_lowers_the_loss(base_model: Path) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(base_model: Path) -> None:
-    plain, saving = load(base_model), load(base_model)
+@pytest.mark.parametrize("gated", [(), GATED])
+def test_gradient_checkpointing_gives_the_same_gradients(base_model: Path, gated: tuple[GatedWords, ...]) -> None:
+    plain, saving = load(base_model, gated=gated), load(base_model, gated=gated)
     saving.enable_gradient_checkpointing()
     for model in (plain, saving):
         model.train()
@@ -392,15 +401,28 @@ def test_recomputing_on_a_cpu_gives_the_same_gradients(base_model: Path) -> None
         assert torch.equal(value.grad, saving.trained()[name].grad), name
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.long)])
-def test_compiling_gives_the_same_gradients(base_model: Path, rank: int | None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(
+            pytest.param(own, marks=pytest.mark.long)
+            for own in ({"rank": 2}, {"gated": GATED}, {"rank": 2, "gated": GATED})
+        ),
+    ],
+)
+def test_compiling_gives_the_same_loss_and_gradients(base_model: Path, options: dict[str, Any]) -> None:
     # Graphs are captured forwards and backwards as for inductor, whose own part takes minutes even on this model.
-    plain, compiled = load(base_model, rank=rank), load(base_model, rank=rank)
+    plain, compiled = load(base_model, **options), load(base_model, **options)
     compiled.compile_unet(backend="aot_eager", fullgraph=True)
+    losses = []
     for model in (plain, compiled):
         model.enable_gradient_checkpointing()
         model.train()
-        model(**batch(model))[0].backward()
+        losses.append(model(**batch(model))[0])
+        losses[-1].backward()
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in plain.trained().values())
     for name, value in plain.trained().items():
         assert torch.allclose(value.grad, compiled.trained()[name].grad, rtol=1e-4, atol=1e-7), name
     assert plain.state_dict().keys() == compiled.state_dict().keys()

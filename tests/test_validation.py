@@ -199,7 +199,7 @@ def test_each_concept_of_a_list_has_validation_images_of_its_own(tmp_path: Path)
         {"instance_prompt": "a cup", "instance_data_dir": str(cup)},
     )
     pairs = find_instance_images(concepts)
-    training, held_out = split_images(SimpleNamespace(validation_split=None), concepts, pairs)
+    training, held_out = split_images(SimpleNamespace(validation_split=None, masked_loss=False), concepts, pairs)
     assert training == pairs and len(pairs) == 6
     assert held_out == [
         (more_cats / "0.png", "a cat"),

@@ -225,13 +225,16 @@ def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def lora_card(concept: Concept, name: str, embeddings: Mapping[str, str], is_bundle: bool = False) -> str:
+def lora_card(
+    concept: Concept, name: str, embeddings: Mapping[str, str], is_bundle: bool = False, lost: str = ""
+) -> str:
     """How to use an exported LoRA, program by program.
 
     Args:
         name: of the LoRA's file.
         embeddings: token to the name of its embedding's file, without ending.
         is_bundle: the embeddings are in the LoRA's file.
+        lost: of a concept that was gated, see :func:`ungated_card`.
     """
     words = ", ".join(f"`{token}`" for token in concept.tokens)
     prompt = (concept.instance_prompt or " ".join(concept.tokens)).split(", ")[0]
@@ -242,7 +245,36 @@ def lora_card(concept: Concept, name: str, embeddings: Mapping[str, str], is_bun
     return f"""{data}
 # LoRA and embeddings of {words}
 
-For {concept.base_model or "the base model"}. {write(concept, prompt, name, embeddings)}"""
+For {concept.base_model or "the base model"}. {write(concept, prompt, name, embeddings)}{_lost_gate(lost)}"""
+
+
+def ungated_card(concept: Concept, lost: str) -> str:
+    """The card of an export of a concept that was gated, where the format has no card of its own.
+
+    Args:
+        lost: how far it is from the gated concept, a sentence of :meth:`ungating.Ungated.loss`.
+    """
+    data = _metadata(concept.without_local_paths(), ["custom-diffusion"], concept.instance_prompt, [])
+    words = ", ".join(f"`{token}`" for token in concept.tokens)
+    return f"""{data}
+# {words}, for other programs
+{_lost_gate(lost)}"""
+
+
+def _lost_gate(lost: str) -> str:
+    """The section of a card that says what an export lacks of a gated concept; nothing where nothing is lost."""
+    if not lost:
+        return ""
+    return f"""
+## Not the concept itself
+
+This was exported from a concept that acts at its own words alone (`--token_gate`). No format of other programs can
+express that, so these weights act everywhere (`export.py --ungate`). They come as near to the concept as such weights
+can: {lost}.
+
+Whatever loads them, `load_attn_procs` and `load_lora_weights` included, shows something other than the concept. For
+that, give `infer.py` or `apply_concepts` the folder that was exported.
+"""
 
 
 def _bundle_in_programs(concept: Concept, prompt: str, name: str, embeddings: Mapping[str, str]) -> str:

@@ -15,6 +15,8 @@ RIDGE = 1e-9  # relative to the mean square of a feature over all captions
 # How much --prior_weight leaves as learned what nobody asks about; relative to the mean square of a prompts' feature.
 NEARNESS = 0.1
 
+UNGATE_RIDGE = 1e-4  # of ungate_change; relative to the mean square of a prompts' feature
+
 
 def merging_directions(targets: Tensor, regularization: Tensor) -> Tensor:
     """``d = C (Creg^T Creg)^-1``: along these the weights change, because there unrelated captions feel it least.
@@ -99,6 +101,29 @@ def weigh_weights(
     wanted = reduce(torch.add, changes)
     # The sum is symmetric, so a solve from the left of what is transposed does.
     return original + torch.linalg.solve(together + prior_weight * regularization + near, wanted.T).T
+
+
+def ungate_change(changes: Sequence[Tensor], squares: Tensor) -> Tensor:
+    """The change that, acting everywhere, comes nearest to changes that act at the words of their concepts alone.
+
+    With features c_i of prompts and the gates m_k(i) of the concepts, minimises
+    ``sum_i |D c_i - sum_k m_k(i) D_k c_i|^2 + r |D|^2``: ``D = (sum_k D_k A_k) (A + r)^-1``, where
+    ``A = sum_i c_i c_i^T`` and ``A_k = sum_i m_k(i) c_i c_i^T``. The last term, `UNGATE_RIDGE`, keeps the base model
+    where no prompt asks.
+
+    Args:
+        changes: D_k, (out, width) each.
+        squares: A and behind it the A_k, (1 + number of concepts, width, width), float64, as
+            :meth:`TextModels.mean_squares` gives them.
+
+    Returns:
+        D, (out, width), in float64 like the computation.
+    """
+    everywhere, *own = squares
+    ridge = UNGATE_RIDGE * everywhere.diagonal().mean() * torch.eye(len(everywhere), dtype=torch.float64)
+    wanted = reduce(torch.add, (change.double() @ a for change, a in zip(changes, own, strict=True)))
+    # The sum is symmetric, so a solve from the left of what is transposed does.
+    return torch.linalg.solve(everywhere + ridge, wanted.T).T
 
 
 def constraint_error(weights: Tensor, targets: Tensor, values: Tensor) -> float:

@@ -109,9 +109,18 @@ def trained_lora(concept: Concept, args: argparse.Namespace, layer_name: Callabl
 
 
 def export_lora(
-    concept: Concept, base_model: BaseModel, originals: Mapping[str, Tensor], args: argparse.Namespace, folder: Path
+    concept: Concept,
+    base_model: BaseModel,
+    originals: Mapping[str, Tensor],
+    args: argparse.Namespace,
+    folder: Path,
+    lost: str = "",
 ) -> None:
-    """Write a LoRA in kohya-ss' naming, and one embedding file per token, or all in one with ``--bundle``."""
+    """Write a LoRA in kohya-ss' naming, and one embedding file per token, or all in one with ``--bundle``.
+
+    Args:
+        lost: what the card has to say of a gate that the LoRA cannot express.
+    """
     family = base_model.family()
     layer_name = partial(family.kohya_name, unet=base_model.unet_configuration())
     make = trained_lora if concept.differences else partial(compressed_lora, originals=originals)
@@ -129,7 +138,7 @@ def export_lora(
         # Programs name a word after its file; the token itself is inside.
         embedding = safetensors.torch.save(contents[stem], metadata={"format": "pt", "token": token})
         write_bytes(folder / f"{stem}.safetensors", embedding)
-    write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings, args.bundle).encode())
+    write_bytes(folder / CARD_NAME, lora_card(concept, name, embeddings, args.bundle, lost).encode())
     warn_of_biases(concept, originals)
     print(
         f"{folder / name}: rank {min(lora.ranks.values())} to {max(lora.ranks.values())}, {len(data) / 1e6:.1f} MB, "

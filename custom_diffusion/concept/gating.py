@@ -311,7 +311,9 @@ class GatedUNet:
         self.texts = texts
         self.scales = list(scales)
         self._layers = list(layers)
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+        self._mask: Tensor | None = None
+        self._places: dict[int, Tensor] = {}  # as rows of features (N * length, width)
+        self._added: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._attention = [module for name, module in unet.named_modules() if name.endswith("attn2")]
         self._hooks = [unet.register_forward_pre_hook(self._find, with_kwargs=True)]
         self._hooks += [module.register_forward_hook(partial(self._add, name, n)) for module, name, n in layers]
@@ -320,6 +322,7 @@ class GatedUNet:
         """Take the concepts out."""
         for hook in self._hooks:
             hook.remove()
+        self._added = {}
         for module, name, _ in self._layers:
             if hasattr(module, name):
                 delattr(module, name)
@@ -330,21 +333,34 @@ class GatedUNet:
             raise UserError("fuse_qkv_projections() passes gated concepts by: unfuse_qkv_projections() first")
         features = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         mask = self.texts.mask(features)
-        self._places = {}
+        if mask is self._mask:  # as in every denoising step of an image but the first
+            return
+        self._mask, self._places, self._added = mask, {}, {}
         for number, scale in enumerate(self.scales):
-            rows, positions = mask[..., number].nonzero(as_tuple=True)
-            if len(rows) and scale:
-                self._places[number] = (rows, positions)
+            places = mask[..., number].flatten().nonzero()[:, 0]
+            if len(places) and scale:
+                self._places[number] = places
 
-    @torch.no_grad()
     def _add(self, name: str, number: int, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if number not in self._places:
             return output
-        places, features = self._places[number], args[0]
-        if features.shape[:2] != output.shape[:2] or len(features) <= int(places[0].max()):
+        known = self._added.get((id(module), number))
+        # A prompt's features are the same in all denoising steps, and so is what is added to its keys and values.
+        if known is None or known[0] is not args[0]:
+            known = self._added[id(module), number] = (args[0], self._change(name, number, module, args[0], output))
+        output = output.contiguous()
+        output.view(-1, output.shape[-1]).index_add_(0, self._places[number], known[1])
+        return output
+
+    @torch.no_grad()
+    def _change(self, name: str, number: int, module: Any, features: Tensor, output: Tensor) -> Tensor:
+        """What a concept adds to a projection's output at its places: (number of places, channels)."""
+        assert self._mask is not None
+        if features.shape[:2] != output.shape[:2] or features.shape[:2] != self._mask.shape[:2]:
             raise UserError("this pipeline splits what its UNet is told, which gated concepts cannot follow")
         change = getattr(module, name).to(features.device, features.dtype)
-        return output.index_put(places, self.scales[number] * (features[places] @ change.T), accumulate=True)
+        added = self.scales[number] * (features.flatten(0, 1)[self._places[number]] @ change.T)
+        return added.to(output.dtype)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from custom_diffusion.concept.applying import check_tokens
+from custom_diffusion.concept.gating import TokenGate
 from custom_diffusion.concept.parts import Part
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import read_text
@@ -23,8 +24,11 @@ CAPTIONS = Path(__file__).with_name("regularization.txt")
 _BATCH = 64
 
 
-def read_captions(path: Path, count: int) -> list[str]:
-    """At most ``count`` captions, spread evenly over the file.
+def read_captions(path: Path, count: int | None = None, flag: str = "--captions") -> list[str]:
+    """At most ``count`` captions, spread evenly over the file; without a count, all of them.
+
+    Args:
+        flag: that names the file, for messages.
 
     Raises:
         UserError: for a file that cannot be read or is empty.
@@ -32,11 +36,11 @@ def read_captions(path: Path, count: int) -> list[str]:
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--captions {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"{flag} {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     captions = list(dict.fromkeys(line for line in lines if line))
     if not captions:
-        raise UserError(f"--captions {str(path)!r} has no captions")
-    count = min(count, len(captions))
+        raise UserError(f"{flag} {str(path)!r} has no {flag.strip('-').split('_')[0]}")
+    count = len(captions) if count is None else min(count, len(captions))
     return [captions[number * len(captions) // count] for number in range(count)]
 
 
@@ -123,20 +127,36 @@ class TextModels:
                 features.append(encoded[:, skip:].flatten(0, 1))
         return torch.cat(features)
 
-    @torch.no_grad()
     def mean_square(self, prompts: Sequence[str]) -> Tensor:
         """``F^T F / n`` of the features F of n prompts at all positions, as a UNet sees them: (width, width), float64.
 
         Start and padding are the same in every prompt, and so weigh most: what is changed there is changed for all.
         """
+        return self.mean_squares(prompts)[0]
+
+    @torch.no_grad()
+    def mean_squares(self, prompts: Sequence[str], gate: TokenGate | None = None) -> Tensor:
+        """:meth:`mean_square`, and behind it the same sum over the words of each concept of a gate alone.
+
+        Returns:
+            (1 + number of concepts, width, width), float64.
+        """
         total: Tensor | float = 0.0
         for start in range(0, len(prompts), _BATCH):
-            ids = [self.family.tokenize(self.tokenizers, prompt) for prompt in prompts[start : start + _BATCH]]
-            inputs = {name: torch.stack([one[name] for one in ids]) for name in self.tokenizers}
-            features = self.family.encode(self.text_encoders, inputs)["features"].flatten(0, 1).double()
-            total = total + features.T @ features
+            ids = self.tokenize(prompts[start : start + _BATCH])
+            features = self.family.encode(self.text_encoders, ids)["features"].double()
+            everywhere = features.flatten(0, 1)
+            squares = [everywhere.T @ everywhere]
+            masks = () if gate is None else gate.mask(next(iter(ids.values()))).unbind(-1)
+            squares += [features[mask].T @ features[mask] for mask in masks]
+            total = total + torch.stack(squares)
         assert isinstance(total, Tensor), "no prompts"
         return total / len(prompts)
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts to ids, padded or cut to what the text encoders read, (number of prompts, 77), by their names."""
+        ids = [self.family.tokenize(self.tokenizers, prompt) for prompt in prompts]
+        return {name: torch.stack([one[name] for one in ids]) for name in self.tokenizers}
 
     def target_features(self, parts: Sequence[Part]) -> list[Tensor]:
         """Per part the features of its words, alone and behind "photo of a", each (tokens, width)."""

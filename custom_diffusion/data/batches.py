@@ -38,7 +38,8 @@ def collate_fn(
 
     Returns:
         ``pixel_values`` (N, 3, size, size) or, of samples that are encoded already, ``posterior``
-        (N, 2, latent_channels, mask_size, mask_size); ``mask`` (N, 1, mask_size, mask_size); ``noise`` and
+        (N, 2, latent_channels, mask_size, mask_size); ``mask`` (N, 1, mask_size, mask_size), 1 where there is image;
+        ``object_mask``, alike, from 0 outside of the object to 1 inside, where the samples have it; ``noise`` and
         ``posterior_noise`` (N, latent_channels, mask_size, mask_size), ``timesteps`` (N,), where N is the number of
         examples, doubled with prior preservation. ``input_ids`` per text encoder, (M, length), of the first M
         captions, and ``conditioning``, tensors of N - M each, of the others; either is absent where it would be empty.
@@ -52,6 +53,8 @@ def collate_fn(
             for key, name in _NAMES.items():
                 if f"{kind}_{key}" in example:
                     batch[name].append(example[f"{kind}_{key}"])
+            if f"{kind}_object_mask" in example:
+                batch["object_mask"].append(example[f"{kind}_object_mask"].unsqueeze(0))
             mask = example[f"{kind}_mask"]
             batch["mask"].append(mask.unsqueeze(0))
             shape = (latent_channels, *mask.shape)

@@ -57,6 +57,14 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[Shape]) -> Shape:
     return min(buckets, key=lambda shape: abs(math.log(shape[1] * height / (shape[0] * width))))
 
 
+def largest_part(size: tuple[int, int], canvas: Shape) -> Shape:
+    """Height and width of the largest part with the proportions of a canvas, of an image of this width and height."""
+    (width, height), (rows, columns) = size, canvas
+    if width * rows >= height * columns:
+        return height, max(1, height * columns // rows)
+    return max(1, width * rows // columns), width
+
+
 def shapes_of(images: Iterable[tuple[Path, str]], buckets: Sequence[Shape]) -> dict[Path, Shape]:
     """The bucket of each image, by its path; nothing where there are no buckets."""
     return {path: nearest_bucket(image_size(path), buckets) for path, _ in images} if buckets else {}

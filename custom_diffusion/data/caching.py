@@ -70,7 +70,7 @@ def encode_images(
     folder: Path | None = None,
     num_workers: int = 0,
 ) -> None:
-    """Encode what these items of the stream show, and leave the posteriors with the dataset.
+    """Encode what these items of the stream show, and leave posteriors and masks of objects with the dataset.
 
     Args:
         vae, accelerator, folder, num_workers: see :func:`encode_views`.
@@ -78,6 +78,10 @@ def encode_images(
     started = time.perf_counter()
     views, _ = dataset.drawn(positions)
     dataset.posteriors = encode_views(dataset.renderer, views, vae, accelerator, folder, num_workers)
+    if dataset.with_object_masks:
+        # In the order of the images, so that each mask is decoded once.
+        masked = sorted((view for view in views if view.scale is not None), key=lambda view: view.path)
+        dataset.object_masks = {view: dataset.renderer.object_mask(view) for view in masked}
     drawn = len(positions) * (2 if dataset.class_images else 1)
     logger.info(
         f"{len(views)} encoded images for the {drawn} that the steps will draw, in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ class CustomDiffusionDataset(Dataset):
         with_time_ids: say with each sample which part of how large an image it shows.
         buckets: shapes, as :func:`buckets.find_buckets` gives them, in which images keep their proportions; the
             samples of a step have one shape. None: all images are squares. Not together with ``cutmix_probability``.
+        masks: of instance images, as :func:`masks.find_masks` gives them; samples then say where the object is.
 
     Attributes:
         posteriors: what :func:`caching.encode_views` gives; samples then have posteriors in place of pixels.
         conditioning: what :func:`caching.encode_captions` gives, for ``"instance"`` or ``"class"`` prompts; samples
             then have this in place of their ids.
+        object_masks: of views, as :meth:`views.Renderer.object_mask` gives them; those of other views are made when
+            they are wanted.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class CustomDiffusionDataset(Dataset):
         padding_mode: str = "constant",
         with_time_ids: bool = False,
         buckets: Sequence[Shape] = (),
+        masks: Mapping[Path, Path] | None = None,
     ) -> None:
         self.stream = SampleStream(
             instance_images,
@@ -80,11 +84,13 @@ class CustomDiffusionDataset(Dataset):
             samples_per_step=samples_per_step,
             shapes=shapes_of([*instance_images, *class_images], buckets),
         )
-        self.renderer = Renderer(size, mask_size, padding_mode)
+        self.renderer = Renderer(size, mask_size, padding_mode, masks)
         self.instance_images = instance_images
         self.class_images = class_images
         self.with_time_ids = with_time_ids
         self.buckets = buckets
+        self.with_object_masks = masks is not None
+        self.object_masks: dict[View, Tensor] = {}
         self.posteriors: dict[View, Tensor] = {}
         self.conditioning: dict[str, dict[str, Conditioning]] = {}
         self._tokenize = tokenize
@@ -106,7 +112,9 @@ class CustomDiffusionDataset(Dataset):
             ``class_posterior`` take the place of the images; where the captions are, ``instance_conditioning`` and
             ``class_conditioning`` that of the ids. ``instance_time_ids`` and ``class_time_ids`` (6,), where they are
             wanted, as :meth:`views.Renderer.time_ids` gives them. Two images beside each other are twice as wide, and
-            so are their masks and posteriors. In buckets, all have the shape of the step.
+            so are their masks and posteriors. In buckets, all have the shape of the step. With ``masks``,
+            ``instance_object_mask`` (mask_size, mask_size), from 0 outside to 1 inside the image's mask, and
+            ``class_object_mask`` (all ones).
         """
         sample = self.draw(position)
         example: dict[str, Any] = {"noise_seed": sample.noise_seed}
@@ -121,6 +129,8 @@ class CustomDiffusionDataset(Dataset):
             else:
                 example[f"{kind}_images"] = torch.cat([self.renderer.render(view) for view in views], dim=-1)
             example[f"{kind}_mask"] = torch.cat([self.renderer.mask(view) for view in views], dim=-1)
+            if self.with_object_masks:
+                example[f"{kind}_object_mask"] = torch.cat([self._object_mask(view) for view in views], dim=-1)
             if self.with_time_ids:
                 example[f"{kind}_time_ids"] = self.renderer.time_ids(views)
             if kind in self.conditioning:
@@ -128,6 +138,9 @@ class CustomDiffusionDataset(Dataset):
             else:
                 example[f"{kind}_prompt_ids"] = self.tokenize(prompt)
         return example
+
+    def _object_mask(self, view: View) -> Tensor:
+        return self.object_masks[view] if view in self.object_masks else self.renderer.object_mask(view)
 
     def positions(self, steps: range) -> range:
         """The items that optimizer steps take."""

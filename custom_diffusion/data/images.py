@@ -13,6 +13,7 @@ from custom_diffusion.data.captions import find_captions, is_caption_file
 from custom_diffusion.data.class_image_folders import RECORD_NAME, ClassImageFolder, distinct_folders
 from custom_diffusion.data.class_lists import read_lists
 from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.masks import FOLDER_NAME, find_mask_files
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import readable_images
 
@@ -22,7 +23,7 @@ UNREADABLE, NO_IMAGE = "no readable image", "no image"
 MOST_NAMES = 10  # of one kind in a message
 
 
-def find_instance_images(concepts: Sequence[ConceptEntry]) -> list[tuple[Path, str]]:
+def find_instance_images(concepts: Sequence[ConceptEntry], with_masks: bool = False) -> list[tuple[Path, str]]:
     """All instance images with their prompts, in the order of their names.
 
     An image's own caption (see :func:`captions.find_captions`) is its prompt, and the concept's instance prompt where
@@ -30,6 +31,7 @@ def find_instance_images(concepts: Sequence[ConceptEntry]) -> list[tuple[Path, s
 
     Args:
         concepts: each with ``instance_folder`` and ``instance_prompt``.
+        with_masks: the masks of :func:`masks.find_mask_files` are used, so they are not said to be left out.
 
     Raises:
         UserError: for a folder without a readable image, and captions that cannot be read.
@@ -41,6 +43,12 @@ def find_instance_images(concepts: Sequence[ConceptEntry]) -> list[tuple[Path, s
         images = find_images(folder, left_out)
         if not images:
             raise UserError(f"there is no readable image in {str(folder)!r} (instance_data_dir)")
+        masks, of_no_image = find_mask_files(folder, images)
+        if masks and not with_masks:
+            logger.info(f"{len(masks)} of {len(images)} images in {folder} have a mask, which --masked_loss would use")
+        if with_masks:
+            left_out.take_back([folder / FOLDER_NAME, *masks.values()])
+            left_out.add("masks of no image", of_no_image)
         captions, unused = find_captions(folder, images)
         left_out.add("texts of no image", unused)
         pairs += [(path, captions.get(path, concept.instance_prompt)) for path in images]
@@ -90,6 +98,11 @@ class LeftOut:
     def add(self, reason: str, paths: Sequence[Path]) -> None:
         """Note files or folders for the one message."""
         self._paths.setdefault(reason, []).extend(paths)
+
+    def take_back(self, paths: Collection[Path]) -> None:
+        """Forget files or folders that are used after all."""
+        for noted in self._paths.values():
+            noted[:] = [path for path in noted if path not in paths]
 
     def add_unreadable(self, paths: Sequence[Path]) -> None:
         """Note files that cannot be read: those that should be images are not hidden among others."""

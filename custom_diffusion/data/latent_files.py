@@ -52,6 +52,7 @@ def posterior_names(renderer: Renderer, views: Sequence[View], vae: AutoencoderK
         smaller = view.scale is not None and view.scale < renderer.size
         canvas: list[Any] = [renderer.padding_mode] if smaller and renderer.padding_mode != "constant" else []
         canvas += [list(view.canvas)] if view.canvas else []
+        canvas += ["colours that alpha hides"] if renderer.hides_nothing(view) else []
         return f"{prefix}-{_digest([*parts, *canvas])}.safetensors"
 
     return {view: name(view) for view in views}

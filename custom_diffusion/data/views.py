@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from custom_diffusion.data.buckets import Shape
+from custom_diffusion.data.buckets import Shape, largest_part
+from custom_diffusion.data.masks import load_mask
 from custom_diffusion.images import image_size, load_image
 
 # To be raised when the pixels of any view change, here or in images.py: kept latents are then encoded again.
@@ -49,13 +51,23 @@ class Renderer:
         mask_size: side of the latents, ``size`` divided by the VAE's factor.
         padding_mode: what surrounds an image that is smaller than the canvas: "constant", grey, which the mask leaves
             out; or "edge", its outermost pixels continued, which the mask takes in.
+        object_masks: of images, as :func:`masks.find_masks` gives them. One whose own alpha channel is its mask shows
+            the colours that it hides; others are laid on white.
     """
 
-    def __init__(self, size: int, mask_size: int, padding_mode: str = "constant") -> None:
+    def __init__(
+        self,
+        size: int,
+        mask_size: int,
+        padding_mode: str = "constant",
+        object_masks: Mapping[Path, Path] | None = None,
+    ) -> None:
         self.size = size
         self.mask_size = mask_size
         self.padding_mode = padding_mode
+        self.object_masks = object_masks or {}
         self._last_image: tuple[Path, Image.Image] | None = None
+        self._last_mask: tuple[Path, Image.Image] | None = None
         self._image_size = cache(image_size)
 
     def render(self, view: View) -> Tensor:
@@ -65,15 +77,19 @@ class Renderer:
         example squashes the whole image into the square; here its proportions stay, as in the authors' older CompVis
         script.
         """
-        image, canvas = self._load(view), self.canvas(view)
+        return self._shown(self._load(view), view, _to_tensor)
+
+    def _shown(self, image: Image.Image, view: View, to_tensor: Callable[[Image.Image], Tensor]) -> Tensor:
+        """What a view shows of an image of any mode; around it are zeros, or its edges."""
+        canvas = self.canvas(view)
         if view.scale is None:
             # Cropped before it is resized: a panorama would otherwise become gigabytes first.
             width, height = image.size
-            rows, columns = _largest(image.size, canvas)
+            rows, columns = largest_part(image.size, canvas)
             top, left = _offset(view.top, height - rows), _offset(view.left, width - columns)
-            return _to_tensor(_resized(TF.crop(image, top, left, rows, columns), canvas))
+            return to_tensor(_resized(TF.crop(image, top, left, rows, columns), canvas))
         scaled = self._scaled(view, view.scale)
-        pixels = _to_tensor(_resized(TF.center_crop(image, list(_largest(image.size, canvas))), scaled))
+        pixels = to_tensor(_resized(TF.center_crop(image, list(largest_part(image.size, canvas))), scaled))
         top, left = self._place(view, view.scale)
         if view.scale >= self.size:
             return pixels[:, top : top + canvas[0], left : left + canvas[1]]
@@ -89,6 +105,23 @@ class Renderer:
         (top, left), (height, width) = self._place(view, view.scale), self._scaled(view, view.scale)
         mask[slice(*_cells_inside(top, height, factor)), slice(*_cells_inside(left, width, factor))] = 1.0
         return mask
+
+    def object_mask(self, view: View) -> Tensor:
+        """How much of each latent is inside the mask of the image, from 0 to 1, in the shape of :meth:`latent_shape`.
+
+        The mask is flipped, scaled, placed and cropped as the image is, and averaged over the pixels of each latent.
+        Around the image it is 0, or its edges continue where the image's do. All ones where the image has no mask.
+        """
+        if view.path not in self.object_masks:
+            return torch.ones(self.latent_shape(view))
+        if self._last_mask is None or self._last_mask[0] != view.path:
+            self._last_mask = (view.path, load_mask(view.path, self.object_masks[view.path]))
+        mask = ImageOps.mirror(self._last_mask[1]) if view.flip else self._last_mask[1]
+        return F.adaptive_avg_pool2d(self._shown(mask, view, _to_mask), self.latent_shape(view))[0]
+
+    def hides_nothing(self, view: View) -> bool:
+        """Whether the image is shown with the colours that its own alpha channel hides."""
+        return self.object_masks.get(view.path) == view.path
 
     def canvas(self, view: View) -> Shape:
         """Height and width in pixels of what a view is laid on."""
@@ -117,7 +150,7 @@ class Renderer:
             return torch.tensor([*shown, 0, 0, *shown], dtype=torch.float32)
         (view,) = views
         width, height = self._image_size(view.path)
-        taken = _largest((width, height), (rows, columns))
+        taken = largest_part((width, height), (rows, columns))
         room = (height - taken[0], width - taken[1])
         zoom = (0, 0)
         if view.scale is None:
@@ -135,7 +168,8 @@ class Renderer:
     def _load(self, view: View) -> Image.Image:
         # Where views are encoded, those of an image follow each other: it is decoded once then.
         if self._last_image is None or self._last_image[0] != view.path:
-            self._last_image = (view.path, load_image(view.path))
+            background = None if self.hides_nothing(view) else "white"
+            self._last_image = (view.path, load_image(view.path, background=background))
         image = self._last_image[1]
         return ImageOps.mirror(image) if view.flip else image
 
@@ -149,14 +183,6 @@ class Renderer:
         return _offset(view.top, abs(rows - height)), _offset(view.left, abs(columns - width))
 
 
-def _largest(size: tuple[int, int], canvas: Shape) -> Shape:
-    """Height and width of the largest part with the proportions of a canvas, of an image of this width and height."""
-    (width, height), (rows, columns) = size, canvas
-    if width * rows >= height * columns:
-        return height, max(1, height * columns // rows)
-    return max(1, width * rows // columns), width
-
-
 def _resized(image: Image.Image, shape: Shape) -> Image.Image:
     return image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
 
@@ -168,6 +194,11 @@ def _offset(part: float, room: int) -> int:
 def _to_tensor(image: Image.Image) -> Tensor:
     """(3, height, width) in [-1, 1]."""
     return TF.pil_to_tensor(image).float() / 127.5 - 1.0
+
+
+def _to_mask(image: Image.Image) -> Tensor:
+    """(1, height, width) in [0, 1]."""
+    return TF.pil_to_tensor(image).float() / 255
 
 
 def _cells_inside(start: int, length: int, factor: int) -> tuple[int, int]:

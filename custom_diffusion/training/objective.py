@@ -35,9 +35,10 @@ def custom_diffusion_loss(
     Args:
         prediction, target: (N, C, H, W), in any floating type. With prior preservation the second half are class
             images.
-        mask: (N, 1, H, W), 1 where the loss of an instance image counts. Each image's loss is the sum over the
-            masked latents divided by the mask's area, as in the authors' code: the mask has one channel, so an
-            instance image counts C times as much as the mean over its latents.
+        mask: (N, 1, H, W), how much each latent of an instance image counts, from 0 to 1. Each image's loss is the
+            weighted sum over its latents divided by the sum of the mask, its area, as in the authors' code: the mask
+            has one channel, so an instance image counts C times as much as the mean over its latents. An image of which
+            nothing counts has the loss 0.
         prior_loss_weight: None without prior preservation.
         image_weights: (N,), what the loss of each image is multiplied by; None for 1.
 
@@ -53,7 +54,9 @@ def custom_diffusion_loss(
         instance_error, prior_error = error.chunk(2)
         mask = mask.chunk(2)[0]
         prior_loss = prior_error.mean()
-    instance_loss = ((instance_error * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+    area = mask.sum([1, 2, 3])
+    area = area.masked_fill(area == 0, 1)
+    instance_loss = ((instance_error * mask).sum([1, 2, 3]) / area).mean()
     return instance_loss + (prior_loss_weight or 0.0) * prior_loss, instance_loss, prior_loss
 
 
@@ -95,6 +98,7 @@ class CustomDiffusion(nn.Module):
         prior_loss_weight: None without prior preservation.
         snr_gamma: of :func:`min_snr_weights`; None to weigh all timesteps alike.
         gate: at which words each concept acts; None where all that is learned acts everywhere.
+        unmasked_weight: how much what is outside of the object's mask counts, from 0 to 1.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class CustomDiffusion(nn.Module):
         prior_loss_weight: float | None = None,
         snr_gamma: float | None = None,
         gate: TokenGate | None = None,
+        unmasked_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.family = family
@@ -115,6 +120,7 @@ class CustomDiffusion(nn.Module):
         self.prior_loss_weight = prior_loss_weight
         self.snr_gamma = snr_gamma
         self.gate = gate
+        self.unmasked_weight = unmasked_weight
         self.text_encoders = nn.ModuleDict(dict(text_encoders))
         self.unet = unet
         keep_less(unet)
@@ -178,6 +184,7 @@ class CustomDiffusion(nn.Module):
         noise: Tensor,
         timesteps: Tensor,
         mask: Tensor,
+        object_mask: Tensor | None = None,
         input_ids: dict[str, Tensor] | None = None,
         conditioning: Conditioning | None = None,
         time_ids: Tensor | None = None,
@@ -187,7 +194,8 @@ class CustomDiffusion(nn.Module):
         Args:
             latents, noise: (N, C, H, W), float32; latents already scaled by the VAE's factor.
             timesteps: (N,).
-            mask: (N, 1, H, W).
+            mask: (N, 1, H, W), 1 where there is image and 0 around it.
+            object_mask: (N, 1, H, W), from 0 outside of the object to 1 inside; None where all of it counts alike.
             input_ids: per text encoder, (M, length), the captions of the first M; None where M is 0.
             conditioning: what is known of the N - M others; None where there are none.
             time_ids: (N, 6), see :meth:`Family.predict`; None for a family that is not told.
@@ -204,6 +212,9 @@ class CustomDiffusion(nn.Module):
         prediction = self.family.predict(self.unet_forward, noisy_latents, timesteps, together, time_ids)
         gamma = self.snr_gamma
         weights = None if gamma is None else min_snr_weights(self.noise_scheduler, timesteps, gamma)
+        if object_mask is not None:
+            # Written so that 1 inside stays 1 to the bit.
+            mask = mask * (1 - (1 - self.unmasked_weight) * (1 - object_mask))
         return custom_diffusion_loss(prediction, target, mask, self.prior_loss_weight, weights)
 
     def learned(self, base_model: str) -> Concept:

@@ -51,6 +51,7 @@ SHOWN_WHERE_CHANGED = {
     "optimizer": "adamw",
     "snr_gamma": None,
     "aspect_buckets": False,
+    "masked_loss": False,
 }
 
 

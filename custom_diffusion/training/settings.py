@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ SETTINGS_NAME = "training_settings.json"
 # What runs did that were made before there were these flags: they can still be resumed.
 BEFORE_THE_FLAG = {
     "padding_mode": "constant", "cutmix_probability": 0.0, "snr_gamma": None, "optimizer": "adamw", "rank": None,
-    "rank_alpha": None, "aspect_buckets": False, "token_gate": False, "quantize_base": None,
+    "rank_alpha": None, "aspect_buckets": False, "token_gate": False, "masked_loss": False, "unmasked_weight": 0.1,
+    "quantize_base": None,
 }  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
-NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values"}
+NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values", "masks"}
+
+# What is known of each instance image, and how a difference is said.
+OF_INSTANCE_IMAGES = {
+    "instance_contents": "instance images with other contents", "masks": "other masks of the instance images",
+}  # fmt: skip
 
 # What says how far a run goes, and how it counts.
 NOT_COMPARED = {"total_steps", "schedule_counts"}
@@ -49,6 +55,7 @@ def describe_settings(
     concepts: Sequence[ConceptEntry],
     num_processes: int,
     gate: TokenGate | None = None,
+    masks: Mapping[Path, Path] | None = None,
 ) -> dict[str, Any]:
     """All that decides what a run learns, as far as it is known before anything is made.
 
@@ -57,12 +64,16 @@ def describe_settings(
         class_images: alike, as far as they are there already.
         concepts: with prior preservation, each with ``class_prompt``.
         gate: at which words each concept acts.
+        masks: of the instance images, as :func:`masks.find_masks` gives them; None where they are not used.
     """
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     settings["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     del settings["train_batch_size"], settings["gradient_accumulation_steps"]
     settings["instance_pictures"] = [[path.name, prompt] for path, prompt in instance_images]
     settings["instance_contents"] = [digest_of_file(path) for path, _ in instance_images]
+    if masks is not None:
+        files = [masks.get(path) for path, _ in instance_images]
+        settings["masks"] = [None if path is None else [path.name, digest_of_file(path)] for path in files]
     if gate is not None:
         settings["token_gate"] = [[list(one.tokens), list(one.classes)] for one in gate.concepts]
     if args.with_prior_preservation:
@@ -103,11 +114,11 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
         other: Any = others.get(name)
         if mine == other or (name in NOT_ALWAYS_KNOWN and None in (mine, other)):
             continue
-        if name == "instance_contents":
+        if name in OF_INSTANCE_IMAGES:
             names = [image[0] for image in settings["instance_pictures"]]
             # With other names or prompts, those are the difference.
             if settings["instance_pictures"] == others.get("instance_pictures"):
-                found.append(f"instance images with other contents: {_unequal(names, mine, other)}")
+                found.append(f"{OF_INSTANCE_IMAGES[name]}: {_unequal(names, mine, other)}")
         elif name == "class_images" and len(mine) == len(other):
             names = [image[0] for image in mine]
             found.append(f"class images with other names, captions or contents: {_unequal(names, mine, other)}")

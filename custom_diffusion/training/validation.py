@@ -55,7 +55,7 @@ def split_images(args: argparse.Namespace, concepts: Sequence[ConceptEntry], ima
             "give one of them"
         )
     if others:
-        return images, find_instance_images(others)
+        return images, find_instance_images(others, args.masked_loss)
     if args.validation_split is None:
         return images, []
     held_out: Images = []
@@ -117,6 +117,7 @@ def validation_dataset(dataset: CustomDiffusionDataset, images: Images) -> Custo
     class_images = class_images[: len(class_images) // len(images) * len(images)] or class_images
     other = copy.copy(dataset)
     other.instance_images, other.class_images, other.posteriors, other.conditioning = images, class_images, {}, {}
+    other.object_masks = {}
     stream = dataset.stream
     other.stream = SampleStream(
         images,

@@ -2,7 +2,8 @@
 
 `python -m tools.base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
 captions, as real class images for `retrieve.py --path`, `examples/captions.txt` with captions of all that it knows, for
-`merge.py --captions`, and into `tests/designs/` the drawings that learning is scored against.
+`merge.py --captions`, `examples/masks/` with the masks of the instance images, and into `tests/designs/` the drawings
+that learning is scored against.
 """
 
 import argparse
@@ -32,15 +33,23 @@ CLASS_IMAGES = 420
 GROUNDS = ("blue", "white", "green", "purple", "grey")
 
 
-def drawn(icon: np.ndarray, ground: str, share: float, place: tuple[float, float], flip: bool) -> Image.Image:
-    """One RGB image of 256 px: `icon` (RGBA) on a plain colour, `share` of the side large, at `place` (0 to 1)."""
+def drawn(
+    icon: np.ndarray, ground: str, share: float, place: tuple[float, float], flip: bool
+) -> tuple[Image.Image, Image.Image]:
+    """One RGB image of 256 px: `icon` (RGBA) on a plain colour, `share` of the side large, at `place` (0 to 1).
+
+    And its mask, which is white where the drawing is more opaque than not.
+    """
     image = Image.new("RGB", (SIZE, SIZE), world.BACKGROUNDS[ground])
     side = round(SIZE * share)
     drawing = Image.fromarray(icon).resize((side, side), Image.Resampling.LANCZOS)
     if flip:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image.paste(drawing, tuple(round(at * (SIZE - side)) for at in place), drawing)
-    return image
+    corner = tuple(round(at * (SIZE - side)) for at in place)
+    image.paste(drawing, corner, drawing)
+    mask = Image.new("1", image.size)
+    mask.paste(drawing.getchannel("A").point(lambda alpha: 255 * (alpha >= 128), "1"), corner)
+    return image, mask
 
 
 def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
@@ -66,15 +75,23 @@ def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
-def write_images(drawings: dict[str, str], names: Sequence[str], folder: Path, seed: int, flips: bool) -> None:
-    """An image of every drawing, each on another colour; every second one mirrored where `flips` says so."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_images(
+    drawings: dict[str, str], names: Sequence[str], folder: Path, seed: int, flips: bool, masks: Path | None = None
+) -> None:
+    """An image of every drawing, each on another colour; every second one mirrored where `flips` says so.
+
+    Their masks go to the folder `masks`, with the names of the images.
+    """
+    for one in (folder, masks) if masks else (folder,):
+        one.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     for number, (name, ground) in enumerate(zip(names, GROUNDS, strict=False)):
         place = tuple(generator.uniform(0.3, 0.7, 2))
         flip = bool(number % 2 and flips)
-        image = drawn(render(drawings[name], SIZE), ground, generator.uniform(0.8, 0.95), place, flip)
+        image, mask = drawn(render(drawings[name], SIZE), ground, generator.uniform(0.8, 0.95), place, flip)
         image.quantize(128).save(folder / f"{number + 1}.png", optimize=True)
+        if masks:
+            mask.save(masks / f"{number + 1}.png", optimize=True)
 
 
 def main() -> None:
@@ -87,7 +104,8 @@ def main() -> None:
     fetch(arguments.work)
     drawings = read_set(arguments.work / package_file("noto"))
     for folder, names in {"cat": CAT, "plant": PLANT}.items():
-        write_images(drawings, names, arguments.output_dir / folder, len(folder), folder == "plant")
+        masks = arguments.output_dir / "masks" / folder
+        write_images(drawings, names, arguments.output_dir / folder, len(folder), folder == "plant", masks)
         # Another seed, so that size and place are others.
         others = arguments.output_dir / "validation" / folder
         write_images(drawings, OTHERS[folder], others, 100 + len(folder), folder == "plant")
