@@ -169,8 +169,8 @@ def test_fp16_on_a_cpu_is_found_wherever_it_comes_from() -> None:
 
 # --- every choice of every flag -------------------------------------------------------------------
 
-# Tried elsewhere: the first takes minutes, the second needs a Hub, the third and fourth a GPU.
-NOT_HERE = {"torch_compile", "push_to_hub", "enable_xformers_memory_efficient_attention", "local_rank"}
+# Tried elsewhere: the first takes minutes, the second needs a Hub, the third and fourth a GPU, the fifth masks.
+NOT_HERE = {"torch_compile", "push_to_hub", "enable_xformers_memory_efficient_attention", "local_rank", "masked_loss"}
 CHOICES = [
     (action.dest, choice)
     for action in build_parser()._actions
