@@ -24,7 +24,7 @@ from custom_diffusion.concept.files import Concept, load_concept, save_concept
 from custom_diffusion.concept.prompts import side_by_side
 from custom_diffusion.concept.text_features import read_captions
 from custom_diffusion.data.batches import collate_fn, position_batches
-from custom_diffusion.data.class_images import generate_class_images, lowest_free
+from custom_diffusion.data.class_images import PromptDataset, generate_class_images
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_instance_images
@@ -111,8 +111,9 @@ def test_a_folder_that_was_moved_still_finds_its_images(tmp_path: Path) -> None:
     assert [path for path, _ in found] == [tmp_path / "images" / "0.png", tmp_path / "images" / "1.png"]
 
 
-def test_class_images_fill_the_gaps() -> None:
-    assert lowest_free(3, taken={0, 2, 7}) == [1, 3, 4]
+def test_prompt_dataset_fills_the_gaps() -> None:
+    prompts = PromptDataset("cat", 3, taken=[0, 2, 7])
+    assert [prompts[i] for i in range(len(prompts))] == [{"prompt": "cat", "index": index} for index in (1, 3, 4)]
 
 
 class Painter:

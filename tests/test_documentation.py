@@ -155,6 +155,14 @@ def test_every_link_leads_somewhere(page: str) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("name", ["CustomDiffusionDataset", "PromptDataset"])
+def test_classes_of_the_example_are_where_the_docs_say(name: str) -> None:
+    row = re.search(rf"^\| `{name}` \| .*\((\S+)\)", (ROOT / "docs" / "other-methods.md").read_text(), re.MULTILINE)
+    assert row is not None
+    source = ast.parse((ROOT / "docs" / row[1]).read_text())
+    assert name in [node.name for node in source.body if isinstance(node, ast.ClassDef)]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_is_python(page: str) -> None:
     for block in blocks_of(page):

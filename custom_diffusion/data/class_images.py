@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import DiffusionPipeline
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from custom_diffusion.data.class_image_folders import ClassImageFolder, distinct_folders, warn_of_twins
@@ -38,9 +39,25 @@ MOST_AT_ONCE = 32  # from here on larger batches are hardly faster
 COPIES = 4
 
 
-def lowest_free(count: int, taken: Collection[int]) -> list[int]:
-    """The lowest ``count`` numbers from 0 on that are not taken."""
-    return [number for number in range(count + len(taken)) if number not in taken][:count]
+class PromptDataset(Dataset):
+    """The prompts of class images that are to be generated.
+
+    Args:
+        prompt: the class prompt, the same for every image.
+        num_samples: how many images are wanted.
+        taken: numbers that are in use already; new images get the lowest free ones.
+    """
+
+    def __init__(self, prompt: str, num_samples: int, taken: Collection[int] = ()) -> None:
+        self.prompt = prompt
+        used = set(taken)
+        self.numbers = [number for number in range(num_samples + len(used)) if number not in used][:num_samples]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt, "index": self.numbers[index]}
 
 
 def derived_seed(*parts: Any) -> int:
@@ -51,8 +68,8 @@ def derived_seed(*parts: Any) -> int:
 
 def find_missing(
     folders: Sequence[ClassImageFolder], accelerator: Accelerator, num_images: int
-) -> list[tuple[ClassImageFolder, list[int]]]:
-    """The folders that hold too few images, which are made where there are none, with the numbers that they lack."""
+) -> list[tuple[ClassImageFolder, PromptDataset]]:
+    """The folders that hold too few images, which are made where there are none, with the prompts that they lack."""
     missing = []
     for folder in folders:
         if accelerator.is_main_process:
@@ -64,7 +81,7 @@ def find_missing(
         # Every process has to count before one of them writes.
         accelerator.wait_for_everyone()
         if len(present) < num_images:
-            missing.append((folder, lowest_free(num_images - len(present), taken)))
+            missing.append((folder, PromptDataset(folder.class_prompt, num_images - len(present), taken)))
     return missing
 
 
@@ -103,8 +120,8 @@ def generate_class_images(
     at_once = args.sample_batch_size
     if at_once is None:
         at_once = images_at_once(base_model, pipeline.dtype, free_memory(accelerator.device, accelerator.num_processes))
-    for folder, numbers in missing:
-        at_once = _fill(folder, numbers, pipeline, accelerator, args, at_once)
+    for folder, prompts in missing:
+        at_once = _fill(folder, prompts, pipeline, accelerator, args, at_once)
     del pipeline
     return_freed_memory()
     accelerator.wait_for_everyone()
@@ -158,7 +175,7 @@ def _keep_records(folders: Sequence[ClassImageFolder], missing: Sequence[ClassIm
 
 def _fill(
     folder: ClassImageFolder,
-    numbers: Sequence[int],
+    prompts: PromptDataset,
     pipeline: DiffusionPipeline,
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -170,10 +187,11 @@ def _fill(
     """
     steps = args.class_image_steps or STEPS[args.class_image_scheduler]
     # As often as the pipeline would have it in one batch: the bits of the features depend on that.
-    encode = functools.cache(lambda count: encode_prompts(pipeline, [folder.class_prompt] * count))
-    left = numbers[accelerator.process_index :: accelerator.num_processes]
-    bar = partial(tqdm, desc=f"Class images of {folder.class_prompt!r}", unit="image")
-    with bar(total=len(numbers), disable=not accelerator.is_local_main_process) as progress:
+    encode = functools.cache(lambda count: encode_prompts(pipeline, [prompts.prompt] * count))
+    share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    left = [prompts[index] for index in share]
+    bar = partial(tqdm, desc=f"Class images of {prompts.prompt!r}", unit="image")
+    with bar(total=len(prompts), disable=not accelerator.is_local_main_process) as progress:
         while left:
             batch = left[:at_once]
             try:
@@ -188,19 +206,21 @@ def _fill(
                 logger.info(f"the memory is too small: from now on {at_once} class images at once")
                 return_freed_memory()
             left = left[len(batch) :]
-            progress.update(min(len(batch) * accelerator.num_processes, len(numbers) - progress.n))
+            progress.update(min(len(batch) * accelerator.num_processes, len(prompts) - progress.n))
     return at_once
 
 
-def generate_batch(draw: Callable[..., Any], numbers: Sequence[int], folder: ClassImageFolder, seed: int) -> None:
-    """Generate and write the images of these numbers, each from its own noise.
+def generate_batch(
+    draw: Callable[..., Any], batch: Sequence[dict[str, Any]], folder: ClassImageFolder, seed: int
+) -> None:
+    """Generate and write the images of these samples of a :class:`PromptDataset`, each from its own noise.
 
     Args:
         draw: a pipeline that knows all but the generators.
     """
     series = [folder.series] if folder.series else []  # the first has the noise that it had before there were others
-    seeds = [derived_seed(seed, folder.class_prompt, number, *series) for number in numbers]
+    seeds = [derived_seed(seed, sample["prompt"], sample["index"], *series) for sample in batch]
     images = draw(generator=[torch.Generator().manual_seed(one) for one in seeds]).images
-    for number, image in zip(numbers, images, strict=True):
+    for sample, image in zip(batch, images, strict=True):
         digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-        write_image(folder.path / f"{number}-{digest}.jpg", image, "JPEG", quality=95)
+        write_image(folder.path / f"{sample['index']}-{digest}.jpg", image, "JPEG", quality=95)
