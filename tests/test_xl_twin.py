@@ -16,6 +16,8 @@ from tests.conftest import MakeOnce, launch
 from tools.base.score import generated
 from tools.xl_twin import build_twin
 
+# One training of minutes, for which another worker would only wait.
+pytestmark = pytest.mark.xdist_group("test_xl_twin")
 SEED = 2026  # others chose the recipe
 
 
