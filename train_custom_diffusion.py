@@ -390,7 +390,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from custom_diffusion.data.buckets import describe_buckets, find_buckets, shapes_of
+from custom_diffusion.data.buckets import Shape, describe_buckets, find_buckets, shapes_of
 from custom_diffusion.data.class_images import generate_class_images
 from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
@@ -507,9 +507,13 @@ def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
     configuration = read_configuration(base_model, args.resolution if "resolution" in given else None)
     args.resolution = configuration.resolution
     check_rank(args.rank, base_model)
-    if args.aspect_buckets:
-        find_buckets(configuration.resolution, configuration.side_multiple)
+    buckets_of(args, configuration)  # a resolution that has none should show now
     return configuration
+
+
+def buckets_of(args: argparse.Namespace, configuration: ModelConfiguration) -> Sequence[Shape]:
+    """The shapes in which images keep their proportions; none without ``--aspect_buckets``."""
+    return find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
 
 
 def read_masks(
@@ -518,8 +522,7 @@ def read_masks(
     """The masks of these images by their paths; None without ``--masked_loss``."""
     if not args.masked_loss:
         return None
-    buckets = find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
-    return find_masks([path for path, _ in images], shapes_of(images, buckets))
+    return find_masks([path for path, _ in images], shapes_of(images, buckets_of(args, configuration)))
 
 
 def build_dataset(
@@ -532,7 +535,7 @@ def build_dataset(
     accelerator: Accelerator,
 ) -> CustomDiffusionDataset:
     """The training samples."""
-    buckets = find_buckets(args.resolution, configuration.side_multiple) if args.aspect_buckets else []
+    buckets = buckets_of(args, configuration)
     if buckets:
         describe_buckets(instance_images, buckets)
     return CustomDiffusionDataset(

@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from benchmarks.random_model import SHAPES, build_random_model
+from benchmarks.random_model import SHAPES, ensure_random_model
 from custom_diffusion import apply_concepts
 from custom_diffusion.command_line import HelpFormatter
 from custom_diffusion.concept.files import Concept
@@ -88,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         model = args.base_model_dir or Path(temporary)
-        if not (model / "model_index.json").exists():
-            build_random_model(args.shape, model)
+        ensure_random_model(args.shape, model)
         pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     concepts = random_concepts(pipeline)

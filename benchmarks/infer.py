@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.merge import write_random_concepts
-from benchmarks.random_model import SHAPES, build_random_model
+from benchmarks.random_model import SHAPES, ensure_random_model
 from custom_diffusion.command_line import HelpFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         model = args.model or work / "model"
-        if not (model / "model_index.json").exists():
-            build_random_model(args.shape, model)
+        ensure_random_model(args.shape, model)
         ways = commands(args, model, write_random_concepts(model, work)[0])
         times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         for repeat in range(args.repeats):

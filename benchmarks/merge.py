@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.random_model import SHAPES, build_random_model
+from benchmarks.random_model import SHAPES, ensure_random_model
 from custom_diffusion.command_line import HelpFormatter
 from custom_diffusion.concept.files import Concept, save_concept
 from custom_diffusion.concept.formats import key_of_parameter
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         model = args.base_model_dir or work / "model"
-        if not (model / "model_index.json").exists():
-            build_random_model(args.shape, model)
+        ensure_random_model(args.shape, model)
         concepts = write_random_concepts(model, work)
         runs = [measure(model, concepts, work / f"merged-{run}", args.threads) for run in range(args.repeats)]
     whole, own = (statistics.median(column) for column in zip(*runs, strict=True))

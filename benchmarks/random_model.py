@@ -141,6 +141,12 @@ SHAPES = {
 }
 
 
+def ensure_random_model(name: str, folder: Path) -> None:
+    """Have a model in ``folder``: the one that is there, or else the random ``name`` of :data:`SHAPES`."""
+    if not (folder / "model_index.json").exists():
+        build_random_model(name, folder)
+
+
 def build_random_model(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Write the model ``name`` of :data:`SHAPES` into ``folder``, in diffusers' layout; gives the folder."""
     shape = SHAPES[name]

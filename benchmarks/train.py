@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 
 from benchmarks.memory import print_recipes
-from benchmarks.random_model import SHAPES, build_random_model
+from benchmarks.random_model import SHAPES, ensure_random_model
 from custom_diffusion.command_line import HelpFormatter
 from custom_diffusion.machine import computes_bf16
 
@@ -380,8 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         model = args.base_model_dir or work / "model"
-        if not (model / "model_index.json").exists():
-            build_random_model(args.shape, model)
+        ensure_random_model(args.shape, model)
         prepare_images(work / "instance", 5, args.instance_data_dir)
         scripts = {"ours": ROOT / "train_custom_diffusion.py"}
         if args.example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _JOINERS = "\u200c\u200d"
 
@@ -16,6 +17,12 @@ def one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line: the first that is not blank, or else the error's name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some(names: Sequence[object], most: int) -> str:
+    """The first names, separated by commas, and how many more there are than ``most``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def slug(text: str, otherwise: str) -> str:

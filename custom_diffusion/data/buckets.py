@@ -13,6 +13,7 @@ import numpy as np
 
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import image_size
+from custom_diffusion.text import some
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -78,9 +79,7 @@ def describe_buckets(images: Sequence[tuple[Path, str]], buckets: Sequence[Shape
     height, width = buckets[-1]
     longer = [path for path, _ in images if max(ratio := _ratio(path), 1 / ratio) > width / height]
     if longer:
-        names = ", ".join(str(path) for path in longer[:MOST_NAMES])
-        more = f" and {len(longer) - MOST_NAMES} more" if len(longer) > MOST_NAMES else ""
-        logger.warning(f"cropped to {width}:{height}, the most elongated bucket: {names}{more}")
+        logger.warning(f"cropped to {width}:{height}, the most elongated bucket: {some(longer, MOST_NAMES)}")
 
 
 def _ratio(path: Path) -> float:

@@ -25,7 +25,7 @@ from custom_diffusion.files import remove_half_written
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import free_memory, return_freed_memory
 from custom_diffusion.models.base_model import BaseModel
-from custom_diffusion.models.drawing import PRECISIONS, encode_prompts, fast_precision
+from custom_diffusion.models.drawing import PRECISIONS, encode_prompts, fast_precision, usual_precision
 from custom_diffusion.models.samplers import load_sampler
 
 logger = logging.getLogger("custom_diffusion")
@@ -138,7 +138,7 @@ def _load_pipeline(base_model: BaseModel, accelerator: Accelerator, args: argpar
                 "--prior_generation_precision=fp32 generates them in full precision"
             )
     elif name == "no":
-        name = "fp16" if device == "cuda" else "fp32"
+        name = usual_precision(device)
     pipeline = base_model.pipeline(PRECISIONS[name], safety_checker=False).to(accelerator.device)
     if args.class_image_scheduler != "default":
         pipeline.scheduler = load_sampler(args.class_image_scheduler, base_model, "--class_image_scheduler")

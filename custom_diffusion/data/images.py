@@ -16,6 +16,7 @@ from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.data.masks import FOLDER_NAME, find_mask_files
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import readable_images
+from custom_diffusion.text import some
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -114,9 +115,8 @@ class LeftOut:
         """Warn, if there is anything."""
         parts = []
         for reason, paths in self._paths.items():
-            names = ", ".join(f"{path}/" if path.is_dir() else str(path) for path in paths[:MOST_NAMES])
-            more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
-            parts += [f"{reason}: {names}{more}"] if paths else []
+            names = [f"{path}/" if path.is_dir() else path for path in paths]
+            parts += [f"{reason}: {some(names, MOST_NAMES)}"] if names else []
         if parts:
             logger.warning(f"left out, {'; '.join(parts)}")
 

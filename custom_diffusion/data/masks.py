@@ -13,7 +13,7 @@ from PIL import Image
 from custom_diffusion.data.buckets import Shape, largest_part
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import image_size, load_alpha, load_image
-from custom_diffusion.text import first_line
+from custom_diffusion.text import first_line, some
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -88,10 +88,9 @@ def find_masks(images: Sequence[Path], shapes: Mapping[Path, Shape]) -> dict[Pat
     alone = sum(image == mask for image, mask in masks.items())
     own_alpha = f", of {alone} in the alpha channel" if alone else ""
     logger.info(f"masks of {len(masks)} of {len(images)} images{own_alpha}")
-    without = [str(image) for image in images if image not in masks]
+    without = [image for image in images if image not in masks]
     if without:
-        more = f" and {len(without) - MOST_NAMES} more" if len(without) > MOST_NAMES else ""
-        logger.warning(f"no mask, so that the whole image counts: {', '.join(without[:MOST_NAMES])}{more}")
+        logger.warning(f"no mask, so that the whole image counts: {some(without, MOST_NAMES)}")
     return masks
 
 

@@ -30,6 +30,11 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usual_precision(device: str) -> str:
+    """The precision of a device where nothing says otherwise: ``fp16`` on a GPU, else ``fp32``."""
+    return "fp16" if device.startswith("cuda") else "fp32"
+
+
 def fast_precision(base_model: BaseModel, device: str) -> str:
     """The precision in which a model draws fastest: ``fp16`` on a GPU, else ``bf16`` or ``fp32``.
 
@@ -41,10 +46,8 @@ def fast_precision(base_model: BaseModel, device: str) -> str:
     Raises:
         UserError: where the UNet's configuration cannot be read.
     """
-    if device.startswith("cuda"):
-        return "fp16"
     if device != "cpu" or not computes_bf16():
-        return "fp32"
+        return usual_precision(device)
     return "bf16" if max(base_model.unet_configuration()["block_out_channels"]) >= WIDE_ENOUGH_FOR_BF16 else "fp32"
 
 
@@ -62,7 +65,7 @@ def load_to_draw(
     Raises:
         UserError: where the model or its scheduler cannot be loaded.
     """
-    kind = PRECISIONS[dtype or ("fp16" if device.startswith("cuda") else "fp32")]
+    kind = PRECISIONS[dtype or usual_precision(device)]
     # Without its own scheduler, whose class may need packages that nobody has.
     pipeline = base_model.pipeline(kind, safety_checker=safety_checker, scheduler=None)
     pipeline.scheduler = load_sampler(scheduler, base_model)

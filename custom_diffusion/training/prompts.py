@@ -17,6 +17,7 @@ from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.vocabulary import fold
+from custom_diffusion.text import some
 from custom_diffusion.training.tokens import ModifierTokens
 
 logger = logging.getLogger("custom_diffusion")
@@ -125,10 +126,10 @@ def check_prompts(
     if any(reader.read(prompt).is_cut for prompt in validation_prompts):
         cut.append("--validation_prompt")
     if cut:
-        logger.warning(f"the text encoder reads {reader.room} tokens of a text, and cuts {_some(cut)}")
+        logger.warning(f"the text encoder reads {reader.room} tokens of a text, and cuts {some(cut, 3)}")
     with_tokens = [name for text, name in class_texts.items() if reader.read(text).found]
     if with_tokens:
-        logger.warning(f"class images will train the modifier tokens too, which stand in {_some(with_tokens)}")
+        logger.warning(f"class images will train the modifier tokens too, which stand in {some(with_tokens, 3)}")
 
 
 def _check_tokens_are_named(concepts: Sequence[ConceptEntry], reader: Reader) -> None:
@@ -173,10 +174,6 @@ def _check_nothing_is_lost(prompt: str, name: str, reader: Reader, words: str = 
             f"{token!r} comes after the first {reader.room} tokens of {name}{before}, which are all that the text "
             "encoder reads: shorten the text, or name the token earlier"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_cutmix(

@@ -15,6 +15,7 @@ from custom_diffusion.concept.gating import TokenGate
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes
+from custom_diffusion.text import some
 
 SETTINGS_NAME = "training_settings.json"
 
@@ -143,7 +144,7 @@ def _exchanged(mine: Sequence[Any], others: Sequence[Any]) -> str:
 
 def _unequal(names: Sequence[str], mine: Sequence[Any], others: Sequence[Any]) -> str:
     unequal = [name for name, one, other in zip(names, mine, others, strict=True) if one != other]
-    return ", ".join(unequal[:5]) + (f" and {len(unequal) - 5} more" if len(unequal) > 5 else "")
+    return some(unequal, 5)
 
 
 def _short(value: Any) -> str:
