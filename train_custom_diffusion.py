@@ -216,6 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Rather hold out the last so many instance images of each concept, such as 1 of five.")
 
     add = parser.add_argument_group("output and logging").add_argument
+    add("--save_precision", choices=["fp32", "fp16"],
+        help="Precision of the result's weights; fp16 halves its files. If not given, fp16 with --rank, which makes a "
+        "LoRA, or else fp32. Checkpoints are always in fp32.")
     add("--no_safe_serialization", **is_on, help="Write only the .bin files, no safetensors.")
     add("--report_to", default="tensorboard", choices=TRACKERS,
         help="Where losses and images are logged; wandb and comet_ml need pip install '.[wandb]' or '.[comet]'.")
@@ -246,6 +249,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settle_optimizer(parser, args, given)
     if args.rank_alpha is not None and args.rank is None:
         parser.error("--rank_alpha has no meaning without --rank: leave it out")
+    if args.save_precision is None:
+        args.save_precision = "fp32" if args.rank is None else "fp16"
     if args.token_gate and args.modifier_token is None:
         parser.error("--token_gate acts at a new word: give --modifier_token")
     if args.token_gate and args.freeze_model == "crossattn":

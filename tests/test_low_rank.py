@@ -226,6 +226,9 @@ def test_the_file_holds_the_factors_and_says_so(cat: Path) -> None:
         assert content[f"{STEM}.up.weight"].shape == (16, 2)
         assert content[f"{STEM}.down.weight"].shape == (2, 32)
         assert content[f"{STEM}.alpha"].tolist() == [3.0]
+        assert {value.dtype for name, value in content.items() if "weight" in name} == {torch.float16}
+    unfinished = load_file(cat / "checkpoint-2" / f"{WEIGHTS}.safetensors")
+    assert {value.dtype for name, value in unfinished.items() if "weight" in name} == {torch.float32}
     concept = load_concept(cat)
     assert not concept.attention
     difference = concept.differences[KEY]

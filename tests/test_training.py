@@ -18,6 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import export
+import infer
+import merge
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.errors import UserError
@@ -462,3 +465,23 @@ def test_all_cores_are_used(base_model: Path, images: Path, tmp_path: Path) -> N
     for environment in ({"OMP_NUM_THREADS": "1"}, {}):
         result = run_script("python", "-c", code, **environment)
         assert result.returncode == 0, result.stderr
+
+
+def test_a_result_in_half_precision_takes_half_and_opens_everywhere(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    more = {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2}
+    train_here(flags(base_model, images, tmp_path / "whole", **more))
+    train_here(flags(base_model, images, tmp_path / "half", **more, save_precision="fp16"))
+    whole, half = learned(tmp_path / "whole"), learned(tmp_path / "half")
+    assert whole.keys() == half.keys()
+    assert {value.dtype for key, value in half.items() if "to_" in key} == {torch.float16}
+    assert all(torch.equal(half[key], value.to(half[key].dtype)) for key, value in whole.items())
+    assert_equal(learned(tmp_path / "whole" / "checkpoint-2"), learned(tmp_path / "half" / "checkpoint-2"))
+
+    argv = ["--prompt", "<new1> cat", "--num_inference_steps", "2", "--output_dir", tmp_path / "images", "--model_dir"]
+    infer.main([str(part) for part in (*argv, tmp_path / "half")])
+    merge.main(["--model_dir", str(tmp_path / "half"), "--prior_weight=0.5", "--output_dir", str(tmp_path / "weighed")])
+    assert load_concept(tmp_path / "weighed").attention.keys() == load_concept(tmp_path / "half").attention.keys()
+    for form in ("lora", "delta", "pipeline"):
+        export.main(["--model_dir", str(tmp_path / "half"), "--format", form, "--output_dir", str(tmp_path / form)])

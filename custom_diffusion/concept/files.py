@@ -92,6 +92,15 @@ class Concept:
             base_vae=base_model.other_vae,
         )
 
+    def to(self, dtype: torch.dtype) -> Concept:
+        """The same concept with its weights in another type; its tokens, which take next to nothing, stay float32."""
+        return replace(
+            self,
+            attention={key: weight.to(dtype) for key, weight in self.attention.items()},
+            differences={key: difference.to(dtype) for key, difference in self.differences.items()},
+            gates=tuple(gate.to(dtype) for gate in self.gates),
+        )
+
     def without_local_paths(self) -> Concept:
         """The same concept for a card that others read: folders of this machine are nobody's business."""
         concept = self

@@ -73,6 +73,11 @@ class GatedWeights:
         """All changes as whole matrices, (out, in)."""
         return self.changes | {key: factors.whole() for key, factors in self.factors.items()}
 
+    def to(self, dtype: torch.dtype) -> GatedWeights:
+        """The same in another type."""
+        changes = {key: change.to(dtype) for key, change in self.changes.items()}
+        return GatedWeights(self.words, changes, {key: factors.to(dtype) for key, factors in self.factors.items()})
+
     def tensors(self, number: int) -> dict[str, Tensor]:
         """What was learned, under the names that the weights file has for concept ``number``; the very tensors."""
         factors = {name: value for key, own in self.factors.items() for name, value in own.tensors(key).items()}

@@ -54,6 +54,11 @@ class LowRank:
         factor = 2.0 ** round(math.log2(down / up) / 2) if up and down else 1.0
         return LowRank(self.up * factor, self.down / factor, self.alpha)
 
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same factors in another type; in half precision, balanced first."""
+        even = self if dtype == torch.float32 else self.balanced()
+        return LowRank(even.up.to(dtype), even.down.to(dtype), self.alpha)
+
     def tensors(self, key: str) -> dict[str, Tensor]:
         """What was learned, under the names of the weights file; the very tensors.
 
@@ -75,6 +80,8 @@ def _stem(key: str) -> str:
 
 def low_rank_of(content: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """The low-rank changes in the content of a weights file, keyed like :attr:`Concept.attention`; others are left out.
+
+    Factors that were stored in half precision become float32, in which all is computed.
 
     Raises:
         ValueError: for factors that are missing, no numbers, or do not fit each other.
@@ -106,4 +113,4 @@ def _joined(key: str, parts: Mapping[str, Tensor]) -> LowRank:
     value = float(alpha)
     if not math.isfinite(value):
         raise ValueError(f"has an alpha for {key!r} that is not finite")
-    return LowRank(up, down, value)
+    return LowRank(up.float(), down.float(), value)

@@ -35,6 +35,8 @@ from custom_diffusion.training.settings import write_settings
 from custom_diffusion.training.signals import StopSignal, during
 from custom_diffusion.training.validation import best_step, measure_validation, prepare_validation, same_random_state
 
+SAVE_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
 logger = logging.getLogger("custom_diffusion")
 
 # Flags that a model card shows.
@@ -52,6 +54,7 @@ SHOWN_WHERE_CHANGED = {
     "snr_gamma": None,
     "aspect_buckets": False,
     "masked_loss": False,
+    "quantize_base": None,
 }
 
 
@@ -248,7 +251,8 @@ def save_result(run: Run) -> Result:
         Interrupted: where a signal comes.
     """
     args, folder = run.args, Path(run.args.output_dir)
-    concept = run.learned()
+    # Checkpoints stay in full precision: a resumed run starts from their weights.
+    concept = run.learned().to(SAVE_PRECISIONS[args.save_precision])
     # Weights first: whatever happens to the images, what was learned is safe, and the card says what it belongs to.
     with during("the saving of the result", run.way_on):
         try:

@@ -43,7 +43,7 @@ FREE_ON_RESUME = {
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
     "sample_batch_size", "prior_generation_precision", "class_image_scheduler", "class_image_steps", "local_rank",
-    "set_grads_to_none", "concepts_list",
+    "set_grads_to_none", "concepts_list", "save_precision",
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
     "validation_data_dir", "validation_split", "validation_at_start",
 }  # fmt: skip

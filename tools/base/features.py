@@ -30,8 +30,8 @@ def load_encoder() -> torch.nn.Module:
 
 
 @torch.no_grad()
-def image_features(encoder: torch.nn.Module, images: np.ndarray) -> torch.Tensor:
-    """Unit vectors (n, 1280) of uint8 images (n, h, w, 3), looked at in 96 px."""
+def image_features(encoder: torch.nn.Module, images: np.ndarray, unit: bool = True) -> torch.Tensor:
+    """Vectors (n, 1280) of uint8 images (n, h, w, 3), looked at in 96 px; of length 1 unless `unit` is False."""
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     parts = []
@@ -39,4 +39,5 @@ def image_features(encoder: torch.nn.Module, images: np.ndarray) -> torch.Tensor
         pixels = torch.from_numpy(np.array(images[start : start + 64])).permute(0, 3, 1, 2).float() / 255
         pixels = functional.interpolate(pixels, size=96, mode="bilinear", antialias=True)
         parts.append(encoder((pixels - mean) / deviation))
-    return functional.normalize(torch.cat(parts), dim=1)
+    features = torch.cat(parts)
+    return functional.normalize(features, dim=1) if unit else features

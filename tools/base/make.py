@@ -24,9 +24,9 @@ from tools.base.progress import device
 from tools.base.score import generated, scores
 
 BASE = Path(__file__).resolve().parent.parent.parent / "base"
-# Steps of VAE, text encoder, UNet and decoder, and how many images each kind of pool holds.
-FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 12_000, "decoder": 6_000, "pool": 60_000}
-SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "pool": 256}
+# Steps of VAE, text encoder, UNet and decoder, and how many images the pools hold: the UNet's, and the others.
+FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 40_000, "decoder": 6_000, "unet_pool": 180_000, "pool": 60_000}
+SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "unet_pool": 256, "pool": 256}
 LOGS = {
     "VAE, squared error": ("vae", "squared_error"),
     "text encoder, attributes": ("text", "attributes"),
@@ -97,6 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
+    parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's VAE and text encoder.")
     parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
     parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
     parser.add_argument(
@@ -105,9 +106,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet, as --mean needs them.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args(argv)
-    if sum(map(bool, (arguments.teacher, arguments.further, arguments.mean))) > 1:
-        parser.error("--teacher is for a UNet with a new text encoder, --further and --mean for its own: give one")
-    for model in (arguments.teacher, arguments.further, *(arguments.mean or ())):
+    if sum(map(bool, (arguments.keep, arguments.teacher, arguments.further, arguments.mean))) > 1:
+        parser.error("--keep, --teacher, --further and --mean each say what a former model gives: give one of them")
+    for model in (arguments.keep, arguments.teacher, arguments.further, *(arguments.mean or ())):
         if model and not (model / "vae").is_dir():
             parser.error(f"{str(model)!r} is no folder of a model such as base/")
     return arguments
@@ -148,7 +149,7 @@ def train_parts(work: Path, icons: dict[str, np.ndarray], former: Path | None, a
     if not (work / "unet" / "trained").exists():
         teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
         start = former / "unet" if former and arguments.further else None
-        pool, steps = budget["pool"], budget["unet"] // (4 if former else 1)
+        pool, steps = budget["unet_pool"], budget["unet"] // (4 if teacher or start else 1)
         inputs = icons, work / "vae", work / "text"
         train_unet.train(*inputs, work / "unet", steps, pool=pool, teacher=teacher, start=start, seed=arguments.seed)
     if not (work / "vae" / "trained").exists():
@@ -167,7 +168,7 @@ def install(work: Path) -> None:
 def main() -> None:
     """Run what is missing of all stages."""
     arguments = parse_args()
-    former = arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
+    former = arguments.keep or arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = arguments.work

@@ -1,5 +1,7 @@
 """What the three trainings of the base model share: the schedule, a log, and checkpoints that survive a stop."""
 
+from __future__ import annotations
+
 import json
 import math
 import time
@@ -25,11 +27,67 @@ def autocast(on: torch.device) -> torch.autocast:
     return torch.autocast(on.type, torch.bfloat16, enabled=on.type != "cpu" or computes_bf16())
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to zero at `steps`."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, hold: float = 0.0) -> float:
+    """Linear warm-up to `peak`, kept for the share `hold` of `steps`, then half a cosine down to zero at the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    start = max(warmup, round(hold * steps))
+    return peak * 0.5 * (1 + math.cos(math.pi * max(step - start, 0) / max(steps - start, 1)))
+
+
+class MatrixOptimizer:
+    """Muon (Jordan et al. 2024) for the weights that are matrices, AdamW for the rest; one learning rate for both.
+
+    Muon makes all singular values of an update alike. After as many seconds, the UNet's loss on other images was lower
+    than with AdamW at its best rate. A convolution counts as the matrix of its output channels by all its inputs.
+    """
+
+    def __init__(self, module: torch.nn.Module, weight_decay: float, apart: tuple[str, ...] = ()) -> None:
+        """`apart` names starts of parameters' names that AdamW takes too: first and last layers, and embeddings.
+
+        The memory of `module`, channels last, must stay where it is: Muon is given other views of it.
+        """
+        matrices = {name for name, p in module.named_parameters() if p.ndim >= 2 and not name.startswith(apart)}
+        self.matrices = [p for name, p in module.named_parameters() if name in matrices]
+        self.views = [torch.nn.Parameter(_as_matrix(p.data)) for p in self.matrices]
+        rest = [p for name, p in module.named_parameters() if name not in matrices]
+        self.optimizers = (
+            torch.optim.Muon(self.views, lr=0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True),
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of both optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """Update all weights by their gradients."""
+        for view, parameter in zip(self.views, self.matrices, strict=True):
+            view.grad = _as_matrix(parameter.grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.matrices:
+            parameter.grad = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        """Those of both optimizers."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Take up what `state_dict` gave."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight as it is, a convolution's (out, in, h, w) as (out, h * w * in), without a copy."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
 
 
 class Training:
@@ -39,7 +97,12 @@ class Training:
     """
 
     def __init__(
-        self, folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, average: float = 0.0
+        self,
+        folder: Path,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | MatrixOptimizer,
+        steps: int,
+        average: float = 0.0,
     ) -> None:
         """Restore what `folder` holds of an interrupted training of the same number of `steps`.
 
@@ -81,13 +144,13 @@ class Training:
                 self.save()
                 saved = time.monotonic()
 
-    def update(self, loss: torch.Tensor, peak: float, losses: dict[str, torch.Tensor]) -> None:
-        """One optimizer step down `loss`, at the rate that the schedule with this `peak` has now.
+    def update(self, loss: torch.Tensor, peak: float, losses: dict[str, torch.Tensor], hold: float = 0.0) -> None:
+        """One optimizer step down `loss`, at the rate that the schedule with this `peak` and `hold` has now.
 
         `losses` go into the means that are written every 100 steps; nothing is read from the device before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, peak)
+            group["lr"] = learning_rate(self.step, self.steps, peak, hold=hold)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()

@@ -12,10 +12,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from custom_diffusion.evaluation.scores import kid
 from tools.base import world
 from tools.base.emoji import load_icons
 from tools.base.features import ENCODER, image_features, load_encoder
 from tools.base.train_vae import as_tensor
+
+KID_SUBSET = 300
 
 
 def held_out_images(icons: dict[str, np.ndarray], each: int, seed: int) -> np.ndarray:
@@ -101,12 +104,14 @@ def scores(model: Path, icons: dict[str, np.ndarray], each: int, seed: int) -> d
         made = [world.simple_example(icons, noun, str(generator.choice(names)), generator) for _ in range(each)]
         return reconstructed(pipeline.vae, np.stack([example.image for example in made]))
 
-    references = torch.stack([image_features(encoder, real(noun, seed + 1)) for noun in nouns])
+    known, others = (np.concatenate([real(noun, seed + shift) for noun in nouns]) for shift in (1, 2))
+    references = image_features(encoder, known).unflatten(0, (len(nouns), each))
     answers = np.repeat(np.arange(len(nouns)), each)
-    others = torch.cat([image_features(encoder, real(noun, seed + 2)) for noun in nouns])
-    real_share = float((nearest_noun(others, references) == answers).mean())
+    real_share = float((nearest_noun(image_features(encoder, others), references) == answers).mean())
     images = generated(pipeline, [f"photo of a {nouns[index]}" for index in answers], seed)
     right = nearest_noun(image_features(encoder, images), references) == answers
+    of_known, *compared = (image_features(encoder, shown, unit=False) for shown in (known, images, others))
+    distances = [kid(features, of_known, subset_size=min(len(of_known), KID_SUBSET)).mean for features in compared]
     generator = np.random.default_rng(seed)
     colours = [name for name in world.BACKGROUNDS for _ in range(each)]
     prompts = [f"photo of a {generator.choice(nouns)} on {world.article(colour)} background" for colour in colours]
@@ -118,6 +123,8 @@ def scores(model: Path, icons: dict[str, np.ndarray], each: int, seed: int) -> d
         "nouns, generated": float(right.mean()),
         "nouns, generated over real": float(right.mean()) / max(real_share, 1e-9),
         "background colour followed": float(np.mean([a == b for a, b in zip(colours, followed, strict=True)])),
+        "KID x 1000, generated against real images through the VAE": distances[0],
+        "KID x 1000, other real images against these": distances[1],
         "hardest nouns": dict(sorted(by_noun.items(), key=lambda item: item[1])[:8]),
     }
 

@@ -3,25 +3,32 @@
 Or first towards what a finished model's UNet predicts, whose text encoder may be another: an hour instead of several.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tools.base import world
-from tools.base.progress import Training, autocast, device
+from tools.base.progress import MatrixOptimizer, Training, autocast, device
 from tools.base.tokenizer import LETTERS, RARE_ENTRIES
 from tools.base.train_text_encoder import OTHER_WORDS, TokenizedCaption, encoded, unknown_words
 from tools.base.train_vae import LATENT_CHANNELS, as_tensor
 
-BATCH_SIZE = 64
+BATCH_SIZE = 128
+# The learning rate stays at its peak for this share of the steps: a run can be made longer before it falls.
+HOLD = 0.7
 # Share of captions left out, for guidance, and of those with unknown words before their nouns, which say nothing.
 UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
 # How often a noun has before it the word for the very drawing. Stable Diffusion knows names for all sorts of looks, and
@@ -34,12 +41,12 @@ LANDSCAPE_EVERY = 2
 
 
 def new_unet(width: int) -> UNet2DConditionModel:
-    """7 M parameters, cross-attention at both levels (8x8 and 4x4), for text features of `width`."""
+    """11 M parameters, cross-attention at both levels (8x8 and 4x4), for text features of `width`."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(96, 160),
+        block_out_channels=(128, 192),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
@@ -76,6 +83,28 @@ def encoded_images(
     return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
 
 
+class ShortAttention:
+    """Attention as two matrix products with a softmax between them, for diffusers' layers.
+
+    Of 64 positions or fewer in bf16, the backward pass of torch's fused attention takes ten times as long on a CPU.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+    ) -> torch.Tensor:
+        """(n, positions, channels), attending to themselves or to features (n, length, width)."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1) for x in projected)
+        weights = torch.bmm(query * attn.scale, key.transpose(1, 2)).softmax(dim=-1, dtype=query.dtype)
+        attended = torch.bmm(weights, value).unflatten(0, (len(hidden_states), attn.heads))
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
 class Pool(NamedTuple):
     """Images of one size, encoded, with their captions and the words of the designs in them."""
 
@@ -92,6 +121,23 @@ class Pool(NamedTuple):
         captions = [TokenizedCaption.of(tokenizer, example) for example in examples]
         names = [[word_of[design] for design in example.designs] for example in examples]
         return cls(captions, names, *encoded_images(vae, examples, vae.device))
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """What `save` wrote."""
+        tensors = load_file(file)
+        with safe_open(file, "pt") as saved:
+            words = json.loads(saved.metadata()["words"])
+        captions = [TokenizedCaption(tuple((n, tuple(ids)) for n, ids in pieces)) for pieces, _ in words]
+        return cls(captions, [names for _, names in words], tensors["means"], tensors["deviations"])
+
+    def save(self, file: Path) -> None:
+        """Write all of it into one file of safetensors: a run that goes on does not make it again."""
+        words = [[caption.pieces, names] for caption, names in zip(self.captions, self.names, strict=True)]
+        half_written = file.with_suffix(".tmp")
+        tensors = {"means": self.means.contiguous(), "deviations": self.deviations.contiguous()}
+        save_file(tensors, half_written, {"words": json.dumps(words)})
+        half_written.replace(file)
 
     @property
     def batch_size(self) -> int:
@@ -248,6 +294,23 @@ def examples_of(phase: str, icons: dict[str, np.ndarray], pool: int, shift: int)
     ]
 
 
+def pools_of(
+    folder: Path,
+    phase: str,
+    examples: Callable[[], list[list[world.Example]]],
+    encode: Callable[[list[world.Example]], Pool],
+) -> list[Pool]:
+    """The pools of a `phase`, read from `folder` where an earlier run has left them there, else made and left there."""
+    complete = folder / f"{phase}.complete"
+    if complete.exists():
+        return [Pool.load(file) for file in sorted(folder.glob(f"{phase}-*.safetensors"))]
+    pools = [encode(made) for made in examples()]
+    for number, pool in enumerate(pools):
+        pool.save(folder / f"{phase}-{number}.safetensors")
+    complete.touch()
+    return pools
+
+
 def first_unet(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
@@ -257,13 +320,16 @@ def first_unet(
     start: Path | None,
 ) -> UNet2DConditionModel:
     """A new UNet where the text encoder is, with random weights, the `teacher`'s or those of the folder `start`."""
-    unet = new_unet(text_encoder.config.hidden_size).to(text_encoder.device, memory_format=torch.channels_last)
-    if teacher is not None:
+    if start is not None:
+        unet = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
+    elif teacher is not None:
+        unet = UNet2DConditionModel.from_config(teacher.unet.config)
         some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
         unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
-    if start is not None:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
-    return unet
+    else:
+        unet = new_unet(text_encoder.config.hidden_size)
+    unet.set_attn_processor(ShortAttention())
+    return unet.to(text_encoder.device, memory_format=torch.channels_last)
 
 
 def train(
@@ -272,7 +338,7 @@ def train(
     text_folder: Path,
     folder: Path,
     steps: int,
-    easy_share: float = 0.25,
+    easy_share: float = 0.05,
     pool: int = 60_000,
     teacher: Teacher | None = None,
     start: Path | None = None,
@@ -291,17 +357,16 @@ def train(
     vae = AutoencoderKL.from_pretrained(vae_folder / "first").to(on, memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
-    scheduler = new_scheduler()
-    unet = first_unet(text_encoder, tokenizer, icons, pool, teacher, start)
-    word_of = design_words(tokenizer, icons)
+    unet, scheduler = first_unet(text_encoder, tokenizer, icons, pool, teacher, start), new_scheduler()
+    encode = partial(Pool.of, tokenizer=tokenizer, word_of=design_words(tokenizer, icons), vae=vae)
     objective = Denoising(unet)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = MatrixOptimizer(unet, weight_decay=0.01, apart=("conv_in.", "conv_out.", "time_embedding."))
     training = Training(folder, objective, optimizer, steps, average=0.999)
     phase = None
     for step in training:
         if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
             phase = now
-            pools = [Pool.of(made, tokenizer, word_of, vae) for made in examples_of(phase, icons, pool, shift)]
+            pools = pools_of(folder, phase, partial(examples_of, phase, icons, pool, shift), encode)
         taught = teacher is not None and step < TAUGHT_SHARE * steps
         # The teacher may know neither landscapes nor the designs' words.
         shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
@@ -311,7 +376,9 @@ def train(
         draw = torch.Generator().manual_seed(step + shift)
         unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
         latents, noise = shown.draw_latents(chosen, draw)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),), generator=draw).to(on)
+        # Evenly over the schedule in every batch: by chance, the loss depends on little else.
+        spread = (torch.randperm(len(chosen), generator=draw) + torch.rand(len(chosen), generator=draw)) / len(chosen)
+        timesteps = (spread * scheduler.config.num_train_timesteps).long().to(on)
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), autocast(on):
             features = encoded(text_encoder, ids, unknown).last_hidden_state
@@ -321,7 +388,7 @@ def train(
                 velocity = scheduler.get_velocity(latents, noise, timesteps)
         with autocast(on):
             loss = objective(noisy, timesteps, features, velocity)
-        training.update(loss, peak=8e-4 if start else 1e-3, losses={"loss": loss})
+        training.update(loss, peak=1e-3 if start else 3e-3, losses={"loss": loss}, hold=HOLD)
     objective.load_state_dict(training.average)
     unet.eval().save_pretrained(folder / "trained")
     scheduler.save_pretrained(folder / "scheduler")
