@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.concept.gating import GatedWords, TokenGate
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import StableDiffusion
+from custom_diffusion.models.short_attention import ShortAttnProcessor, is_short
 from custom_diffusion.training.attention import swap_attention_processors
 from custom_diffusion.training.frozen_layers import keep_less, recompute_wide_layers
 from custom_diffusion.training.objective import CustomDiffusion, custom_diffusion_loss, min_snr_weights
@@ -426,3 +428,24 @@ def test_compiling_gives_the_same_loss_and_gradients(base_model: Path, options: 
     for name, value in plain.trained().items():
         assert torch.allclose(value.grad, compiled.trained()[name].grad, rtol=1e-4, atol=1e-7), name
     assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_short_attention_in_bfloat16_is_fused_attention() -> None:
+    """Values and gradients, of self-attention and of text; and in fp32, diffusers' own to the bit."""
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, cross_attention_dim=8, heads=2, dim_head=8)
+    for dtype, tolerance in ((torch.bfloat16, 0.02), (torch.float32, 0.0)):
+        attn.to(dtype)
+        results = []
+        for processor in (ShortAttnProcessor(), AttnProcessor2_0()):
+            attn.set_processor(processor)
+            shapes = (2, 9, 16), (2, 5, 8)
+            x, text = (torch.ones(shape, dtype=dtype).cumsum(1).sin().requires_grad_() for shape in shapes)
+            out = attn(x, text)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (x, text, attn.to_q.weight))))
+        for short, fused in zip(*results, strict=True):
+            assert (short - fused).float().norm() <= tolerance * fused.float().norm()
+            assert dtype != torch.float32 or torch.equal(short, fused)
+    query = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
+    assert is_short(query, query)
+    assert not is_short(query, torch.zeros(1, 1, 4096, 8, dtype=torch.bfloat16))

@@ -17,6 +17,7 @@ from custom_diffusion.concept.low_rank import LowRank
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import release_pages
 from custom_diffusion.models.base_model import BaseModel
+from custom_diffusion.models.short_attention import ShortAttnProcessor, attend
 
 
 class CustomDiffusionAttnProcessor(nn.Module):
@@ -64,7 +65,7 @@ class CustomDiffusionAttnProcessor(nn.Module):
             attended = memory_efficient_attention(query, key, value, scale=attn.scale)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            attended = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2)
+            attended = attend(query, key, value, attn.scale).transpose(1, 2)
         return self.project(attn, "to_out", attended.reshape(batch_size, -1, inner_dim))
 
     def project(self, attn: Attention, name: str, x: Tensor) -> Tensor:
@@ -293,7 +294,7 @@ def swap_attention_processors(
     seed: int = 0,
     gated: int = 0,
 ) -> None:
-    """Give every cross-attention layer (``attn2``) of the UNet trainable projections; self-attention stays as it is.
+    """Give every cross-attention layer (``attn2``) of the UNet trainable projections; self-attention stays frozen.
 
     Args:
         train_q_out: queries and outputs too, beside keys and values.
@@ -316,8 +317,8 @@ def swap_attention_processors(
         elif name.endswith("attn2.processor"):
             processors[name] = CustomDiffusionAttnProcessor(attention, train_q_out, use_xformers)
             _drop_originals(attention, train_q_out)
-        elif use_xformers:
-            processors[name] = XFormersAttnProcessor()
+        else:
+            processors[name] = XFormersAttnProcessor() if use_xformers else ShortAttnProcessor()
     unet.set_attn_processor(processors)
 
 

@@ -13,13 +13,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from custom_diffusion.models.short_attention import ShortAttnProcessor
 from tools.base import world
 from tools.base.progress import MatrixOptimizer, Training, autocast, device
 from tools.base.tokenizer import LETTERS, RARE_ENTRIES
@@ -81,28 +81,6 @@ def encoded_images(
             posterior = vae.encode(as_tensor(images, on)).latent_dist
         parts.append((posterior.mean.half(), posterior.std.half()))
     return torch.cat([mean for mean, _ in parts]), torch.cat([deviation for _, deviation in parts])
-
-
-class ShortAttention:
-    """Attention as two matrix products with a softmax between them, for diffusers' layers.
-
-    Of 64 positions or fewer in bf16, the backward pass of torch's fused attention takes ten times as long on a CPU.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: None = None,
-    ) -> torch.Tensor:
-        """(n, positions, channels), attending to themselves or to features (n, length, width)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1) for x in projected)
-        weights = torch.bmm(query * attn.scale, key.transpose(1, 2)).softmax(dim=-1, dtype=query.dtype)
-        attended = torch.bmm(weights, value).unflatten(0, (len(hidden_states), attn.heads))
-        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
 class Pool(NamedTuple):
@@ -328,7 +306,7 @@ def first_unet(
         unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
     else:
         unet = new_unet(text_encoder.config.hidden_size)
-    unet.set_attn_processor(ShortAttention())
+    unet.set_attn_processor(ShortAttnProcessor())
     return unet.to(text_encoder.device, memory_format=torch.channels_last)
 
 
