@@ -41,7 +41,7 @@ from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import family_of, text_models_of
 from tools.base import world
 from tools.base.features import ENCODER, image_features, load_encoder
-from tools.base.score import background_of, generated, reconstructed
+from tools.base.score import background_of, generated, reconstructed, sheet
 from tools.base.train_vae import as_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,8 +295,11 @@ class Judge:
         return statistics.fmean(nouns), statistics.fmean(taught)
 
 
-def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
-    """All figures of the concept in `folder`; `seed` decides noise and views, `images` are made per prompt."""
+def measure(folder: Path, seed: int, images: int = 32, shown: Path | None = None) -> dict[str, float]:
+    """All figures of the concept in `folder`; `seed` decides noise and views, `images` are made per prompt.
+
+    What the concept looks like goes into the folder `shown`, a sheet for each prompt.
+    """
     learned, control = with_concept(folder), with_untrained_token(load_concept(folder).base_model or BASE)
     icons = load_designs()
     judge = Judge(control, icons, ["cat"])
@@ -314,7 +317,8 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
         return generated(pipeline, [prompt] * images, seed * 1000, guidance=6.0)
 
     prompt = f"photo of a {TOKEN} cat"
-    red = made(learned, f"{prompt} on a red background")
+    alone, red = made(learned, prompt), made(learned, f"{prompt} on a red background")
+    show(shown, seed, {"cat": alone, "red": red})
     return {
         "loss on unseen views, <new1> cat": change(unseen, CALLED),
         **{
@@ -324,7 +328,7 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
         "loss on unseen views, plain cat": change(unseen),
         "loss on other cats, plain cat": change(others),
         "loss on dogs, plain dog": change(dogs),
-        "images of <new1> cat nearest to the concept": judge.share(made(learned, prompt), CONCEPT),
+        "images of <new1> cat nearest to the concept": judge.share(alone, CONCEPT),
         "the same with the untrained token": judge.share(made(control, prompt), CONCEPT),
         "images of plain cat nearest to the concept": judge.share(made(learned, "photo of a cat"), CONCEPT),
         "red background followed": float(np.mean([background_of(image) == "red" for image in red])),
@@ -332,8 +336,19 @@ def measure(folder: Path, seed: int, images: int = 32) -> dict[str, float]:
     }
 
 
-def measure_two(*folders: Path, seed: int, images: int = 24) -> dict[str, float]:
-    """Shares of `images` per prompt of the two concepts in one folder, or in two, that show what they should."""
+def show(folder: Path | None, seed: int, images: dict[str, np.ndarray]) -> None:
+    """Write sheets of uint8 images (n, h, w, 3) into `folder`, where there is one, with the seed in their names."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, made in images.items():
+            sheet(made, columns=8).save(folder / f"{name}-{seed}.png")
+
+
+def measure_two(*folders: Path, seed: int, images: int = 24, shown: Path | None = None) -> dict[str, float]:
+    """Shares of `images` per prompt of the two concepts in one folder, or in two, that show what they should.
+
+    Those with both concepts go into the folder `shown`, a sheet for each prompt.
+    """
     learned, icons = with_concept(*folders), load_designs()
     judge = Judge(learned, icons, list(TOKENS))
     figures = {}
@@ -349,6 +364,7 @@ def measure_two(*folders: Path, seed: int, images: int = 24) -> dict[str, float]
             first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
             both = made(f"photo of a {first} next to a {second}", width=2 * world.RESOLUTION)
             nouns, taught = judge.pairs(both, left, right)
+            show(shown if tokens else None, seed, {f"{left}-{right}": both})
             figures[f"{first} next to {second}: both nouns"] = nouns
             figures[f"{first} next to {second}: both as taught"] = taught
     return figures
@@ -363,8 +379,8 @@ def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: 
             subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
     taught = list(runs) if arguments.gated else [weigh(*runs)]
     if arguments.two or arguments.apart:
-        return measure_two(*taught, seed=seed)
-    return measure(*taught, seed=seed)
+        return measure_two(*taught, seed=seed, shown=arguments.show)
+    return measure(*taught, seed=seed, shown=arguments.show)
 
 
 def main() -> None:
@@ -374,6 +390,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="Folder to keep class images and concepts in between runs, all with the same flags."
     )
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="Put sheets of the images there.")
     parser.add_argument("--two", action="store_true", help="Teach cat and plant together.")
     parser.add_argument("--apart", action="store_true", help="Teach cat and plant each by itself, and merge them.")
     parser.add_argument(

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from benchmarks.learning import load_designs
 from tests.conftest import ROOT
 from tools.base import train_unet, world
+from tools.base.progress import MatrixOptimizer, Training, learning_rate
 from tools.base.score import generated
 from tools.base.tokenizer import clip_merges, merges_for, write_tokenizer
 from tools.base.train_text_encoder import TokenizedCaption
@@ -225,3 +226,72 @@ def test_making_it_again_says_what_is_missing_or_that_the_folder_is_taken(
         assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("give another --work, or remove it")
     assert "seed" in str(caught.value)
+
+
+class TwoLayers(torch.nn.Module):
+    """A convolution and what follows it, with a weight of each kind that the optimizer tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 6, 3)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, step: int) -> torch.Tensor:
+        """A loss of its own at every step."""
+        images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        return (self.second(self.first(images)) - images.mean()).square().mean()
+
+
+def trained_for(folder: Path, steps: int, stop: int) -> TwoLayers:
+    """Two layers after `stop` of `steps` steps, which `folder` then holds."""
+    torch.manual_seed(0)
+    module = TwoLayers()
+    training = Training(folder, module, MatrixOptimizer(module, 0.01, apart=("first.",)), steps, average=0.9)
+    for step in training:
+        training.update(module(step), peak=1e-2, losses={}, hold=0.5)
+        if step + 1 == stop:
+            training.save()
+            break
+    return module
+
+
+def test_a_training_that_goes_on_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    whole = trained_for(tmp_path / "whole", 8, stop=8)
+    trained_for(tmp_path / "parts", 8, stop=3)
+    parts = trained_for(tmp_path / "parts", 8, stop=8)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value)
+    assert not torch.equal(whole.second.weight, trained_for(tmp_path / "other", 8, stop=3).second.weight)
+
+
+def test_matrices_move_as_far_in_every_direction() -> None:
+    module = TwoLayers()
+    optimizer = MatrixOptimizer(module, weight_decay=0.0, apart=("first.",))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    before = [layer.weight.detach().clone() for layer in (module.first, module.second)]
+    module(0).backward()
+    optimizer.step()
+    layers = zip((module.first, module.second), before, strict=True)
+    first, second = (layer.weight.detach() - old for layer, old in layers)
+    moved = torch.linalg.svdvals(second.flatten(1))
+    assert moved.max() < 2 * moved.min(), "Muon"
+    assert torch.allclose(first.abs(), torch.full_like(first, 0.1), rtol=1e-3), "AdamW's first step"
+
+
+def test_a_pool_comes_back_from_its_file(tmp_path: Path) -> None:
+    icons, tokenizer = one_design_each(128), CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    word_of = train_unet.design_words(tokenizer, icons)
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32)
+    pool = train_unet.Pool.of(world.examples(icons, 5, 0.6, seed=0, landscape=True), tokenizer, word_of, vae)
+    pool.save(tmp_path / "pool.safetensors")
+    again = train_unet.Pool.load(tmp_path / "pool.safetensors")
+    assert again[:2] == pool[:2]
+    assert all(torch.equal(one, other) for one, other in zip(again[2:], pool[2:], strict=True))
+
+
+def test_the_rate_stays_at_its_peak_before_it_falls() -> None:
+    rates = [learning_rate(step, 1000, 2.0, warmup=100, hold=0.7) for step in range(1000)]
+    assert rates[0] < rates[50] < rates[100] == rates[699] == 2.0
+    assert rates[699] > rates[800] > rates[999] > 0
+    assert rates[850] == pytest.approx(1.0)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
@@ -21,7 +20,7 @@ from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, wr
 from tools.base import train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
 from tools.base.progress import device
-from tools.base.score import generated, scores
+from tools.base.score import generated, scores, sheet
 
 BASE = Path(__file__).resolve().parent.parent.parent / "base"
 # Steps of VAE, text encoder, UNet and decoder, and how many images the pools hold: the UNet's, and the others.
@@ -66,11 +65,7 @@ def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
     """An image of every noun, made by the model in `folder`, fourteen to a row."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed)
-    sheet = Image.new("RGB", (14 * 66, -(-len(images) // 14) * 66), "white")
-    for index, image in enumerate(images):
-        sheet.paste(Image.fromarray(image), (index % 14 * 66 + 1, index // 14 * 66 + 1))
-    sheet.save(file)
+    sheet(generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed), columns=14).save(file)
 
 
 def loss_curves(work: Path, file: Path) -> None:

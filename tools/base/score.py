@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
 from custom_diffusion.evaluation.scores import kid
@@ -74,6 +75,15 @@ def generated(
             ).images
         )
     return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+
+def sheet(images: np.ndarray, columns: int) -> Image.Image:
+    """One picture of uint8 images (n, h, w, 3), `columns` to a row, with white lines of two pixels between them."""
+    height, width = (side + 2 for side in images.shape[1:3])
+    whole = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for index, image in enumerate(images):
+        whole.paste(Image.fromarray(image), (index % columns * width + 1, index // columns * height + 1))
+    return whole
 
 
 def nearest_noun(features: torch.Tensor, references: torch.Tensor) -> np.ndarray:
