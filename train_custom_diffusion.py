@@ -107,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cutmix_probability", type=float, default=0.0,
         help="With several concepts, share of the steps, from 0 to 1, that show one beside another ('... next to ...') "
         "in images twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
+    add("--cutmix_data_dir",
+        help="Folder of other images, each with a caption (photo.txt beside photo.jpg, or metadata.jsonl), that these "
+        "steps show beside a concept: so its word learns to stay at its own object, of one concept too.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768. If not given, 1024 for "
         "Stable Diffusion XL.")
@@ -268,8 +271,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--real_prior says which class images to use, but without --with_prior_preservation none are used")
     if not 0 <= args.cutmix_probability <= 1:
         parser.error(f"--cutmix_probability {args.cutmix_probability} is not between 0 and 1")
-    if args.cutmix_probability and args.concepts_list is None:
-        parser.error("--cutmix_probability shows one concept beside another: give several, with --concepts_list")
+    if args.cutmix_probability and args.concepts_list is None and args.cutmix_data_dir is None:
+        parser.error(
+            "--cutmix_probability shows one concept beside another: give several, with --concepts_list, or other "
+            "images, with --cutmix_data_dir"
+        )
+    if args.cutmix_data_dir is not None and not args.cutmix_probability:
+        parser.error("--cutmix_data_dir has no meaning without --cutmix_probability: give both, such as 0.5")
     if args.cutmix_probability and args.aspect_buckets:
         parser.error("--cutmix_probability shows squares beside each other: leave out that or --aspect_buckets")
     for name, (least, above) in RANGES.items():
@@ -399,7 +407,7 @@ from custom_diffusion.data.buckets import Shape, describe_buckets, find_buckets,
 from custom_diffusion.data.class_images import generate_class_images
 from custom_diffusion.data.concept_list import read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
-from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.data.images import find_class_images, find_cutmix_images, find_instance_images
 from custom_diffusion.data.masks import find_masks
 from custom_diffusion.models.base_model import BaseModel, ModelConfiguration, read_configuration
 from custom_diffusion.training.attention import check_rank, train_attention
@@ -555,6 +563,7 @@ def build_dataset(
         seed=args.seed,
         variants=None if args.no_latent_cache else args.latent_variants,
         cutmix_probability=args.cutmix_probability,
+        cutmix_images=find_cutmix_images(args.cutmix_data_dir),
         samples_per_step=args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
         with_time_ids=configuration.family.reads_time_ids,

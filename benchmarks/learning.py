@@ -4,6 +4,7 @@
     python -m benchmarks.learning --seeds 11 --two --cutmix_probability=0
     python -m benchmarks.learning --seeds 11 --apart
     python -m benchmarks.learning --seeds 11 --apart --gated
+    python -m benchmarks.learning --seeds 11 --apart --gated --beside
     python -m benchmarks.learning --seeds 11 --pretrained_model_name_or_path=xl-twin --learning_rate=3e-4
 
 teaches noto's cat, which the base model has never seen, and measures: the denoising loss on views that training never
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -102,15 +104,32 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
+# What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
+# is not taught to end in the middle of the image.
+BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
 # Every size that the augmentation gives, with its words.
 SIZES = {"very small": ("very small ", 0.35, 0.6), "usual": ("", 0.6, 0.98), "zoomed in": ("zoomed in ", 1.2, 1.4)}
 
 
-def recipe_for_two(folder: Path, class_images: Path, **changes: object) -> list[str]:
-    """The command line for cat and plant together; `folder` gets their list, `class_images` has a folder of each."""
+def instance_images(noun: str, masked: Path | None) -> Path:
+    """The folder with the images of `cat` or `plant`; with their masks beside them in a copy below `masked`, if any."""
+    folder = ROOT / "examples" / noun
+    if masked is None:
+        return folder
+    if not (masked / noun).exists():
+        shutil.copytree(folder, masked / noun)
+        shutil.copytree(ROOT / "examples" / "masks" / noun, masked / noun / "mask")
+    return masked / noun
+
+
+def recipe_for_two(folder: Path, class_images: Path, masked: Path | None = None, **changes: object) -> list[str]:
+    """The command line for cat and plant together; `folder` gets their list, `class_images` has a folder of each.
+
+    Of `masked`, see `instance_images`.
+    """
     concepts = json.loads((ROOT / "concept_list.json").read_text())
     for concept in concepts:
-        concept["instance_data_dir"] = str(ROOT / concept["instance_data_dir"])
+        concept["instance_data_dir"] = str(instance_images(concept["class_prompt"], masked))
         concept["class_data_dir"] = str(class_images / concept["class_prompt"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "list.json").write_text(json.dumps(concepts))
@@ -124,13 +143,17 @@ def retrieve(class_prompt: str, folder: Path) -> None:
     subprocess.run([*command, "--min_size=64", count, "--class_data_dir", folder], check=True)
 
 
-def trainings(work: Path, seed: int, two: bool, apart: bool, gated: bool) -> dict[Path, list[str]]:
+def trainings(
+    work: Path, seed: int, two: bool, apart: bool, gated: bool, beside: bool = False
+) -> dict[Path, list[str]]:
     """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images."""
-    changes: dict[Path, dict[str, object]] = {work / f"concept-{seed}": {"class_data_dir": work / "class" / "cat"}}
+    masked = work / "masked" if beside else None
+    alone = {"class_data_dir": work / "class" / "cat", "instance_data_dir": instance_images("cat", masked)}
+    changes: dict[Path, dict[str, object]] = {work / f"concept-{seed}": alone}
     if apart:
         changes = {
             work / f"{noun}-{seed}": {
-                "instance_data_dir": ROOT / "examples" / noun,
+                "instance_data_dir": instance_images(noun, masked),
                 "instance_prompt": f"photo of a {token} {noun}",
                 "modifier_token": token,
                 "class_prompt": noun,
@@ -142,8 +165,9 @@ def trainings(work: Path, seed: int, two: bool, apart: bool, gated: bool) -> dic
         changes = {work / f"two-{seed}": {}}
     found = {}
     for folder, own in changes.items():
-        own |= {"output_dir": folder, "seed": seed, **(GATED if gated else {})}
-        found[folder] = recipe_for_two(work, work / "class", **own) if two and not apart else recipe(**own)
+        own |= {"output_dir": folder, "seed": seed, **(GATED if gated else {}), **(BESIDE if beside else {})}
+        together = two and not apart
+        found[folder] = recipe_for_two(work, work / "class", masked, **own) if together else recipe(**own)
     return found
 
 
@@ -372,7 +396,7 @@ def measure_two(*folders: Path, seed: int, images: int = 24, shown: Path | None 
 
 def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: Path, seed: int) -> dict[str, float]:
     """All figures of one seed; `more` are flags of training."""
-    runs = trainings(work, seed, arguments.two, arguments.apart, arguments.gated)
+    runs = trainings(work, seed, arguments.two, arguments.apart, arguments.gated, arguments.beside)
     for folder, flags in runs.items():
         if not folder.exists():
             command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
@@ -397,6 +421,11 @@ def main() -> None:
         "--gated",
         action="store_true",
         help="Teach what acts at its own words alone, without class images; of --apart, apply both without merging.",
+    )
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="Show each concept beside other images in half of the steps, with masks (--cutmix_data_dir).",
     )
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}

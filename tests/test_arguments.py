@@ -144,6 +144,28 @@ def one_concept_beside_none(tmp: Path, images: Path) -> dict[str, object]:
     return {"concepts_list": write_list(tmp / "list.json", [entry]), "cutmix_probability": 0.2}
 
 
+def others(folder: Path, caption: str = "") -> dict[str, object]:
+    """Other images to show beside a concept, one of them with a caption where there is one."""
+    draw_images(folder, 2)
+    if caption:
+        (folder / "0.txt").write_text(caption)
+    return {"cutmix_data_dir": folder, "cutmix_probability": 0.5}
+
+
+def other_images_without_caption(tmp: Path, **_: Path) -> dict[str, object]:
+    return others(tmp / "others", "photo of a dog")
+
+
+def other_images_of_the_concept(tmp: Path, **_: Path) -> dict[str, object]:
+    flags = others(tmp / "others", "photo of a <new1> dog")
+    (tmp / "others" / "1.txt").write_text("photo of a dog")
+    return flags
+
+
+def no_other_images(tmp: Path, **_: Path) -> dict[str, object]:
+    return {"cutmix_data_dir": tmp / "nowhere", "cutmix_probability": 0.5}
+
+
 def prompts_too_long_for_one(tmp: Path, images: Path) -> dict[str, object]:
     draw_images(tmp / "second", 1)
     entries = [
@@ -213,6 +235,9 @@ RETRIEVE = "python retrieve.py --class_prompt 'a black cat' --class_data_dir"
         (list_that_is_no_list, ["list.json", "must hold a list"]),
         (list_without_a_key, ["list.json", "concept 1", "class_data_dir"]),
         (one_concept_beside_none, ["--cutmix_probability", "list.json", "one folder"]),
+        (other_images_without_caption, ["--cutmix_data_dir", "1.png", "caption", "1.txt"]),
+        (other_images_of_the_concept, ["--cutmix_data_dir", "0.png", "'<new1>'", "take it out"]),
+        (no_other_images, ["nowhere", "--cutmix_data_dir"]),
         (prompts_too_long_for_one, ["--cutmix_probability", "<new1> 0", "<new1> 1", "too long for the 77 tokens"]),
         (too_few_real_class_images, ["2 readable class images of the 3", RETRIEVE, "--num_class_images 3"]),
         (captions_that_do_not_fit, ["images.txt has 2 lines", "caption.txt has 1", RETRIEVE]),
@@ -284,7 +309,8 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"latent_variants": 0}, ["--latent_variants", "less than 1"]),
         ({"padding_mode": "reflect"}, ["--padding_mode", "reflect", "edge"]),
         ({"cutmix_probability": 1.5, "concepts_list": "list.json"}, ["--cutmix_probability 1.5", "between 0 and 1"]),
-        ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list"]),
+        ({"cutmix_probability": 0.2}, ["--cutmix_probability", "--concepts_list", "--cutmix_data_dir"]),
+        ({"cutmix_data_dir": "others"}, ["--cutmix_data_dir", "--cutmix_probability"]),
         (
             {"cutmix_probability": 0.2, "aspect_buckets": True, "concepts_list": "list.json"},
             ["--cutmix_probability", "squares", "--aspect_buckets"],

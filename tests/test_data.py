@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.class_images import PromptDataset, generate_class_images
 from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
-from custom_diffusion.data.images import find_class_images, find_instance_images
+from custom_diffusion.data.images import find_class_images, find_cutmix_images, find_instance_images
 from custom_diffusion.data.views import RENDERING_VERSION, Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.images import load_image
@@ -439,6 +440,42 @@ def test_cutmix_shows_two_concepts_where_the_prompt_says_they_are(
         assert torch.equal(item["instance_mask"], torch.ones(mask_size, 2 * mask_size)), "all of it counts"
     assert 60 < sum(orders.values()) < 130
     assert min(orders.values()) > 20
+
+
+def other_images(folder: Path) -> list[tuple[Path, str]]:
+    """A yellow square and a black one, with their captions in text files."""
+    folder.mkdir()
+    for noun, colour in (("sun", "yellow"), ("coal", "black")):
+        Image.new("RGB", (30, 30), colour).save(folder / f"{noun}.png")
+        (folder / f"{noun}.txt").write_text(f"photo of a {noun}")
+    return find_cutmix_images(str(folder))
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_cutmix_shows_a_concept_beside_other_images(concepts: int, tmp_path: Path, tokenize: Tokenize) -> None:
+    others = other_images(tmp_path / "others")
+    assert [caption for _, caption in others] == ["photo of a coal", "photo of a sun"]
+    both = two_concepts(tmp_path, tokenize)
+    own = both.instance_images[:concepts]
+    samples = CustomDiffusionDataset(own, [], tokenize, 64, 8, cutmix_probability=0.5, cutmix_images=others)
+    colours = {"sun": [255, 255, 0], "coal": [0, 0, 0]}
+    beside, sides, pairs = Counter[str](), Counter[str](), 0
+    for position in range(200):
+        sample, item = samples.draw(position), samples[position]
+        if len(sample.instance) == 1:
+            continue
+        pairs += 1
+        names = [view.path.stem if view.path in dict(others) else view.path.parent.name for view in sample.instance]
+        assert sample.instance_prompt.index(names[0]) < sample.instance_prompt.index(names[1]), "left is named first"
+        for half, name in zip(np.split(shown_pixels(item["instance_images"]), 2, axis=1), names, strict=True):
+            assert name not in colours or (half == colours[name]).all()
+        found = [name for name in names if name in colours]
+        assert len(found) == 1 or concepts == 2, "one concept is never beside itself"
+        beside.update(found)
+        sides.update("left" if names.index(name) == 0 else "right" for name in found)
+    assert set(beside) == set(colours)
+    assert min(sides.values()) > 0.3 * sides.total()
+    assert sides.total() == pairs if concepts == 1 else 0.35 * pairs < sides.total() < 0.65 * pairs
 
 
 def test_class_images_are_beside_each_other_where_concepts_are(tmp_path: Path, tokenize: Tokenize) -> None:

@@ -511,6 +511,24 @@ def test_each_concept_of_a_list_has_weights_of_its_own(base_model: Path, images:
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_one_concept_is_taught_beside_other_images(base_model: Path, images: Path, tmp_path: Path) -> None:
+    """With masks and everything encoded ahead; and what is taught depends on the other images."""
+    folder = draw_images(tmp_path / "others", 2)
+    results = []
+    for number, noun in enumerate(("dog", "tree", "tree")):
+        for path in folder.glob("*.png"):
+            path.with_suffix(".txt").write_text(f"photo of a {noun}")
+        options = {"cutmix_probability": 0.5, "cutmix_data_dir": folder, "noaug": True}
+        output = tmp_path / f"out{number}"
+        more = {"max_train_steps": 4, "learning_rate": 1e-2, "no_latent_cache": number == 2}
+        train(flags(base_model, images, output, token_gate=True, **options, **more))
+        results.append(load_concept(output).gates[0].whole())
+    assert all(change.abs().max() > 0 for change in results[0].values())
+    for key, change in results[1].items():
+        assert torch.equal(change, results[2][key]), "encoding ahead changes nothing"
+        assert not torch.equal(change, results[0][key])
+
+
 def test_class_captions_are_cached_with_their_gate(base_model: Path, images: Path, tmp_path: Path) -> None:
     options = {"with_prior_preservation": True, "class_data_dir": images, "class_prompt": "cat", "num_class_images": 5}
     train_gated(base_model, images, tmp_path, max_train_steps=2, **options)

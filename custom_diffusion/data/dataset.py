@@ -36,6 +36,8 @@ class CustomDiffusionDataset(Dataset):
         cutmix_probability: share of the steps that show two concepts, or class images of two, beside each other, with
             a prompt that names both (after the Cut-Mix of SVDiff, Han et al. 2023). There both are cropped into one
             square; here they stay whole, in an image twice as wide. Concepts are told apart by their folders.
+        cutmix_images: paths and captions of other images to show beside a concept there, as
+            :func:`images.find_cutmix_images` gives them.
         samples_per_step: how many samples, of all processes, make a step: they are all pairs or none, so that a batch
             has one shape.
         padding_mode: see :class:`views.Renderer`.
@@ -65,6 +67,7 @@ class CustomDiffusionDataset(Dataset):
         seed: int = 42,
         variants: int | None = None,
         cutmix_probability: float = 0.0,
+        cutmix_images: Sequence[tuple[Path, str]] = (),
         samples_per_step: int = 1,
         padding_mode: str = "constant",
         with_time_ids: bool = False,
@@ -81,6 +84,7 @@ class CustomDiffusionDataset(Dataset):
             seed=seed,
             variants=variants,
             cutmix_probability=cutmix_probability,
+            cutmix_images=cutmix_images,
             samples_per_step=samples_per_step,
             shapes=shapes_of([*instance_images, *class_images], buckets),
         )

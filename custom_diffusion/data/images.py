@@ -59,6 +59,27 @@ def find_instance_images(concepts: Sequence[ConceptEntry], with_masks: bool = Fa
     return pairs
 
 
+def find_cutmix_images(folder: str | None) -> list[tuple[Path, str]]:
+    """The images of ``--cutmix_data_dir`` with their captions (see :func:`captions.find_captions`); none without it.
+
+    Raises:
+        UserError: for a folder without a readable image, and for images without a caption.
+    """
+    if folder is None:
+        return []
+    images = find_images(Path(folder), LeftOut()) if Path(folder).is_dir() else []
+    if not images:
+        raise UserError(f"there is no readable image in {folder!r} (--cutmix_data_dir)")
+    captions, _ = find_captions(Path(folder), images)
+    without = [path for path in images if not captions.get(path)]
+    if without:
+        raise UserError(
+            f"--cutmix_data_dir: no caption says what is in {some(without, MOST_NAMES)}: write it into a text file "
+            f"beside the image, such as {without[0].with_suffix('.txt').name}"
+        )
+    return [(path, captions[path]) for path in images]
+
+
 def find_class_images(
     concepts: Sequence[ConceptEntry], num_class_images: int, real_prior: bool
 ) -> list[tuple[Path, str]]:

@@ -43,7 +43,7 @@ class SampleStream:
 
     Args:
         instance_images, class_images, size, center_crop, hflip, aug, seed, variants, cutmix_probability,
-            samples_per_step: see :class:`dataset.CustomDiffusionDataset`.
+            cutmix_images, samples_per_step: see :class:`dataset.CustomDiffusionDataset`.
         shapes: the bucket of each image, so that every step has one shape (see :class:`buckets.BucketOrder`); if
             there are none, all are shown as squares.
     """
@@ -61,6 +61,7 @@ class SampleStream:
         cutmix_probability: float,
         samples_per_step: int,
         shapes: Mapping[Path, Shape] | None = None,
+        cutmix_images: Sequence[tuple[Path, str]] = (),
     ) -> None:
         self.instance_images = instance_images
         self.class_images = class_images
@@ -71,6 +72,7 @@ class SampleStream:
         self.seed = seed
         self.variants = variants
         self.cutmix_probability = cutmix_probability
+        self.cutmix_images = cutmix_images
         self.samples_per_step = samples_per_step
         self._buckets = BucketOrder(instance_images, class_images, shapes, seed, samples_per_step) if shapes else None
         self._instances_elsewhere = numbers_elsewhere(instance_images)
@@ -199,8 +201,19 @@ class SampleStream:
             return tuple(draw_view(number, random) for number in pair), side_by_side(images[left][1], images[right][1])
 
         instance, prompt = beside(self.instance_images, self._instances_elsewhere, self._draw_whole_instance)
+        # Of several concepts, as often beside another of them as beside another image.
+        if self.cutmix_images and (len(self._instances_elsewhere) == 1 or random.random() < 0.5):
+            instance, prompt = self._draw_beside_other_image(index % len(self.instance_images), random)
         class_image, class_prompt = beside(self.class_images, self._class_images_elsewhere, self._draw_class_image)
         return Sample(instance, prompt, class_image, class_prompt, noise_seed)
+
+    def _draw_beside_other_image(self, number: int, random: np.random.Generator) -> tuple[tuple[View, ...], str]:
+        """An instance image to the left or right of one of ``cutmix_images``, and a prompt that says so."""
+        own = self._draw_whole_instance(number, random), self.instance_images[number][1]
+        path, caption = self.cutmix_images[int(random.integers(len(self.cutmix_images)))]
+        other = View(path, random.random() < self.flip_probability, self.size, 0.0, 0.0), caption
+        (left, words), (right, more) = (own, other) if random.random() < 0.5 else (other, own)
+        return (left, right), side_by_side(words, more)
 
     def _most_views(self) -> float:
         """How many views there can be, with all that prompts say about them."""

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from custom_diffusion.command_line import one_or_several
 from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS
 from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.images import find_cutmix_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.vocabulary import fold
 from custom_diffusion.text import some
@@ -116,7 +117,7 @@ def check_prompts(
     validation_prompts = one_or_several(args.validation_prompt)
     for prompt in validation_prompts:
         _check_nothing_is_lost(prompt, f"--validation_prompt {prompt!r}", reader)
-    check_cutmix(args, instance_images, tokenizers)
+    check_cutmix(args, instance_images, tokenizers, reader)
 
     class_texts = {text: f"the caption of {str(path)!r}" for path, text in reversed(class_images)}
     if args.with_prior_preservation and not args.real_prior:
@@ -180,17 +181,26 @@ def check_cutmix(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
     tokenizers: Mapping[str, CLIPTokenizer],
+    reader: Reader,
 ) -> None:
-    """With ``--cutmix_probability``, make sure that there are two concepts, and that their prompts fit into one.
+    """With ``--cutmix_probability``, make sure that there is something to show, and that its prompts fit into one.
 
     Raises:
-        UserError: where all images are in one folder, or the words of the second concept could be cut off, which
-            would teach it to those of the first.
+        UserError: where all images are in one folder, and there are no others; where another image's caption has a
+            modifier token; and where the words of the second thing could be cut off, which would teach it to those of
+            the first.
     """
     if not args.cutmix_probability:
         return
+    others = find_cutmix_images(args.cutmix_data_dir)
+    for path, caption in others:
+        for token in sorted(reader.read(caption).found):
+            raise UserError(
+                f"--cutmix_data_dir: the caption of {str(path)!r} has the modifier token {token!r}, but is to show "
+                "other things: take it out"
+            )
     longest: dict[Path, tuple[int, str]] = {}
-    for path, prompt in instance_images:
+    for path, prompt in (*instance_images, *others):
         length = max(len(one(prompt, add_special_tokens=False, verbose=False).input_ids) for one in tokenizers.values())
         longest[path.parent] = max(longest.get(path.parent, (0, "")), (length, prompt))
     if len(longest) < 2:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from custom_diffusion.concept.gating import TokenGate
 from custom_diffusion.data.concept_list import ConceptEntry
+from custom_diffusion.data.images import find_cutmix_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes
 from custom_diffusion.text import some
@@ -43,7 +44,7 @@ FREE_ON_RESUME = {
     "validation_prompt", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
     "sample_batch_size", "prior_generation_precision", "class_image_scheduler", "class_image_steps", "local_rank",
-    "set_grads_to_none", "concepts_list", "save_precision",
+    "set_grads_to_none", "concepts_list", "save_precision", "cutmix_data_dir",
     "instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "config", "keep_latents",
     "validation_data_dir", "validation_split", "validation_at_start",
 }  # fmt: skip
@@ -79,6 +80,8 @@ def describe_settings(
         settings["token_gate"] = [[list(one.tokens), list(one.classes)] for one in gate.concepts]
     if args.with_prior_preservation:
         settings["class_prompts"] = [concept.class_prompt for concept in concepts]
+    if args.cutmix_data_dir is not None:
+        settings["cutmix_images"] = describe_images(find_cutmix_images(args.cutmix_data_dir))
     if class_images:
         settings["class_images"] = describe_images(class_images)
     # Earlier runs counted the steps of all processes, each of them.
@@ -123,6 +126,8 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
         elif name == "class_images" and len(mine) == len(other):
             names = [image[0] for image in mine]
             found.append(f"class images with other names, captions or contents: {_unequal(names, mine, other)}")
+        elif name == "cutmix_images":
+            found.append("other images or captions in --cutmix_data_dir")
         elif name == "class_images":
             found.append(f"{len(other)} class images -> {len(mine)}")
         elif name == "instance_pictures" and isinstance(other, list):

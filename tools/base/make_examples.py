@@ -2,13 +2,15 @@
 
 `python -m tools.base.make_examples` writes them, `examples/drawings.tar.gz` with drawings that it does know and their
 captions, as real class images for `retrieve.py --path`, `examples/captions.txt` with captions of all that it knows, for
-`merge.py --captions`, `examples/masks/` with the masks of the instance images, and into `tests/designs/` the drawings
-that learning is scored against.
+`merge.py --captions`, `examples/masks/` with the masks of the instance images, `examples/others/` with drawings of
+other things and their captions, for `--cutmix_data_dir`, and into `tests/designs/` the drawings that learning is scored
+against.
 """
 
 import argparse
 import gzip
 import io
+import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +77,21 @@ def write_class_images(icons: dict[str, np.ndarray], file: Path) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
+def write_other_images(icons: dict[str, np.ndarray], folder: Path) -> None:
+    """A drawing of everything that the base model knows but what is taught, with captions in `metadata.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(18)
+    lines = []
+    for noun in world.NOUNS:
+        if noun in OTHERS:
+            continue
+        design = str(generator.choice(world.designs(icons, noun)))
+        example = world.simple_example(icons, noun, design, generator)
+        Image.fromarray(example.image).save(folder / f"{noun}.png", optimize=True)
+        lines.append(json.dumps({"file_name": f"{noun}.png", "text": example.caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def write_images(
     drawings: dict[str, str], names: Sequence[str], folder: Path, seed: int, flips: bool, masks: Path | None = None
 ) -> None:
@@ -110,7 +127,9 @@ def main() -> None:
         others = arguments.output_dir / "validation" / folder
         write_images(drawings, OTHERS[folder], others, 100 + len(folder), folder == "plant")
     (arguments.output_dir / "captions.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
-    write_class_images(load_icons(arguments.work), arguments.output_dir / "drawings.tar.gz")
+    icons = load_icons(arguments.work)
+    write_class_images(icons, arguments.output_dir / "drawings.tar.gz")
+    write_other_images(icons, arguments.output_dir / "others")
     for name in SCORED:
         for emoji_set in SETS:
             drawings = read_set(arguments.work / package_file(emoji_set))
