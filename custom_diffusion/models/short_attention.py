@@ -22,7 +22,7 @@ def is_short(queries: Tensor, keys: Tensor) -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Scaled dot-product attention of (batch, heads, positions, width) each.
 
-    Of few positions in bf16 on a CPU, two matrix products take half to an eighth of the time of torch's fused
+    Of few positions in bf16 on a CPU, two matrix products take a half to a ninth of the time of torch's fused
     attention, forwards and backwards (benchmarks/README.md).
     """
     if is_short(query, key):
