@@ -168,9 +168,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     work = arguments.work
     claim(work, arguments)
-    known = frozenset(name for names in world.NOUNS.values() for name in names)
     # The VAE alone learns from drawings of other things too.
-    icons = load_icons(work, only=known if arguments.short or former else None)
+    icons = load_icons(work, only=world.icon_names() if arguments.short or former else None)
     if former:
         take_over(former, work, with_text=not arguments.teacher)
     train_parts(work, icons, former, arguments)

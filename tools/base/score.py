@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=16, help="Images per noun and per colour.")
     parser.add_argument("--seed", type=int, default=1000, help="Other than those used while the model was chosen.")
     arguments = parser.parse_args()
-    figures = scores(arguments.model, load_icons(arguments.work), arguments.each, arguments.seed)
+    icons = load_icons(arguments.work, only=world.icon_names())
+    figures = scores(arguments.model, icons, arguments.each, arguments.seed)
     print(f"scored by {ENCODER}")
     print(json.dumps(figures, indent=2))
 

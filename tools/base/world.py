@@ -119,6 +119,11 @@ class Example:
     designs: tuple[str, ...]
 
 
+def icon_names() -> frozenset[str]:
+    """The names, in any set, of all icons that are drawings of a noun."""
+    return frozenset(name for names in NOUNS.values() for name in names)
+
+
 def designs(icons: dict[str, np.ndarray], noun: str, held_out: bool = False) -> list[str]:
     """Sorted names (`set/icon`) of the drawings of `noun`, without the held-out ones (or these only)."""
     return sorted(name for name in icons if name.split("/")[1] in NOUNS[noun] and (name in HELD_OUT) == held_out)
