@@ -246,9 +246,10 @@ def trained_for(folder: Path, steps: int, stop: int) -> TwoLayers:
     """Two layers after `stop` of `steps` steps, which `folder` then holds."""
     torch.manual_seed(0)
     module = TwoLayers()
-    training = Training(folder, module, MatrixOptimizer(module, 0.01, apart=("first.",)), steps, average=0.9)
+    optimizer = MatrixOptimizer(module, 0.01, apart=("first.",))
+    training = Training(folder, module, optimizer, steps, average=0.9, hold=0.5)
     for step in training:
-        training.update(module(step), peak=1e-2, losses={}, hold=0.5)
+        training.update(module(step), peak=1e-2, losses={})
         if step + 1 == stop:
             training.save()
             break
@@ -262,6 +263,16 @@ def test_a_training_that_goes_on_ends_as_one_that_was_never_stopped(tmp_path: Pa
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value)
     assert not torch.equal(whole.second.weight, trained_for(tmp_path / "other", 8, stop=3).second.weight)
+
+
+def test_before_the_rate_falls_a_training_can_be_made_longer_or_shorter(tmp_path: Path) -> None:
+    for step, steps, kept in ((3, 20, True), (3, 6, True), (3, 5, False), (5, 20, False)):
+        folder = tmp_path / f"{step}-{steps}"
+        trained_for(folder, 8, stop=step)
+        module = TwoLayers()
+        optimizer = MatrixOptimizer(module, 0.01, apart=("first.",))
+        training = Training(folder, module, optimizer, steps, average=0.9, hold=0.5)
+        assert training.step == (step if kept else 0)
 
 
 def test_matrices_move_as_far_in_every_direction() -> None:

@@ -103,19 +103,22 @@ class Training:
         optimizer: torch.optim.Optimizer | MatrixOptimizer,
         steps: int,
         average: float = 0.0,
+        hold: float = 0.0,
     ) -> None:
         """Restore what `folder` holds of an interrupted training of the same number of `steps`.
 
-        `average` is the decay of an exponential moving average of the weights; 0 keeps none.
+        Before the learning rate falls, which is for the share `hold` of the steps, a training of another number will do
+        too. `average` is the decay of an exponential moving average of the weights; 0 keeps none.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.module, self.optimizer, self.steps, self.decay = folder, module, optimizer, steps, average
+        self.folder, self.module, self.optimizer, self.steps = folder, module, optimizer, steps
+        self.decay, self.hold = average, hold
         self.average = {name: value.detach().clone() for name, value in module.state_dict().items()} if average else {}
         self.step, self.seconds, self.sums, self.count = 0, 0.0, {}, 0
         state_file = folder / "state.pt"
         if state_file.exists():
             state = torch.load(state_file, map_location="cpu", weights_only=True)
-            if state["steps"] == steps:
+            if state["steps"] == steps or state["step"] <= hold * min(state["steps"], steps):
                 module.load_state_dict(state["module"])
                 optimizer.load_state_dict(state["optimizer"])
                 self.average = {name: value.to(self.average[name].device) for name, value in state["average"].items()}
@@ -144,13 +147,13 @@ class Training:
                 self.save()
                 saved = time.monotonic()
 
-    def update(self, loss: torch.Tensor, peak: float, losses: dict[str, torch.Tensor], hold: float = 0.0) -> None:
-        """One optimizer step down `loss`, at the rate that the schedule with this `peak` and `hold` has now.
+    def update(self, loss: torch.Tensor, peak: float, losses: dict[str, torch.Tensor]) -> None:
+        """One optimizer step down `loss`, at the rate that the schedule with this `peak` has now.
 
         `losses` go into the means that are written every 100 steps; nothing is read from the device before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, peak, hold=hold)
+            group["lr"] = learning_rate(self.step, self.steps, peak, hold=self.hold)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()

@@ -339,7 +339,7 @@ def train(
     encode = partial(Pool.of, tokenizer=tokenizer, word_of=design_words(tokenizer, icons), vae=vae)
     objective = Denoising(unet)
     optimizer = MatrixOptimizer(unet, weight_decay=0.01, apart=("conv_in.", "conv_out.", "time_embedding."))
-    training = Training(folder, objective, optimizer, steps, average=0.999)
+    training = Training(folder, objective, optimizer, steps, average=0.999, hold=HOLD)
     phase = None
     for step in training:
         if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
@@ -366,7 +366,7 @@ def train(
                 velocity = scheduler.get_velocity(latents, noise, timesteps)
         with autocast(on):
             loss = objective(noisy, timesteps, features, velocity)
-        training.update(loss, peak=1e-3 if start else 3e-3, losses={"loss": loss}, hold=HOLD)
+        training.update(loss, peak=1e-3 if start else 3e-3, losses={"loss": loss})
     objective.load_state_dict(training.average)
     unet.eval().save_pretrained(folder / "trained")
     scheduler.save_pretrained(folder / "scheduler")
