@@ -200,10 +200,11 @@ class SampleStream:
             left, right = pair
             return tuple(draw_view(number, random) for number in pair), side_by_side(images[left][1], images[right][1])
 
-        instance, prompt = beside(self.instance_images, self._instances_elsewhere, self._draw_whole_instance)
-        # Of several concepts, as often beside another of them as beside another image.
+        # Of several concepts, as often beside another image as beside another of them.
         if self.cutmix_images and (len(self._instances_elsewhere) == 1 or random.random() < 0.5):
             instance, prompt = self._draw_beside_other_image(index % len(self.instance_images), random)
+        else:
+            instance, prompt = beside(self.instance_images, self._instances_elsewhere, self._draw_whole_instance)
         class_image, class_prompt = beside(self.class_images, self._class_images_elsewhere, self._draw_class_image)
         return Sample(instance, prompt, class_image, class_prompt, noise_seed)
 
