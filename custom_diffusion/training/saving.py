@@ -21,6 +21,7 @@ from PIL import Image
 from custom_diffusion.command_line import DEFAULT_MODEL, one_or_several
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
+from custom_diffusion.concept.compression import DTYPES
 from custom_diffusion.concept.files import CARD_NAME, Concept, save_concept
 from custom_diffusion.concept.gating import gates_beside_features
 from custom_diffusion.files import write_bytes
@@ -34,8 +35,6 @@ from custom_diffusion.training.run import Run, load_vae, precision_name
 from custom_diffusion.training.settings import write_settings
 from custom_diffusion.training.signals import StopSignal, during
 from custom_diffusion.training.validation import best_step, measure_validation, prepare_validation, same_random_state
-
-SAVE_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -252,7 +251,7 @@ def save_result(run: Run) -> Result:
     """
     args, folder = run.args, Path(run.args.output_dir)
     # Checkpoints stay in full precision: a resumed run starts from their weights.
-    concept = run.learned().to(SAVE_PRECISIONS[args.save_precision])
+    concept = run.learned().to(DTYPES[args.save_precision])
     # Weights first: whatever happens to the images, what was learned is safe, and the card says what it belongs to.
     with during("the saving of the result", run.way_on):
         try:
