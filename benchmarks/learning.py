@@ -13,7 +13,8 @@ followed; and whether everything else stayed as it was. The control is the same 
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
 its token, and both come out beside each other in one image twice as wide; `--apart` the same of two that were taught
 each by itself and then merged. `--gated` teaches with `--token_gate`, without class images, and applies what was taught
-apart together, without merging. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
+apart together, without merging: a third concept too, noto's teapot, and measures whether each alone gives the images
+that it gives without the others. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
 makes in Stable Diffusion XL's layout. tests/test_learning.py holds these to bars.
 """
 
@@ -51,7 +52,7 @@ BASE = ROOT / "base"
 DESIGNS = ROOT / "tests" / "designs"
 TOKEN, RARE = "<new1>", "ktn"
 CALLED = f"{TOKEN} {{}}"  # what a noun becomes in a caption
-CONCEPTS = {"cat": "cat of noto", "plant": "potted-plant of noto"}
+CONCEPTS = {"cat": "cat of noto", "plant": "potted-plant of noto", "teapot": "teapot of noto"}
 CONCEPT = CONCEPTS["cat"]
 # Drawings that the model knows, as real class images: the paper's best results are with real ones.
 DRAWINGS = ROOT / "examples" / "drawings.tar.gz"
@@ -89,6 +90,8 @@ def recipe(**changes: object) -> list[str]:
 # What README.md then types, so that what no class image shows stays too.
 WEIGHING = ("--prior_weight=0.5", "--captions=examples/captions.txt")
 TOKENS = {"cat": TOKEN, "plant": "<new2>"}
+# A third, of those that are taught apart with a gate: any number of these are applied together.
+THIRD_TOKENS = {"teapot": "<new3>"}
 # What two concepts change of it: those of `concept_list.json`, as in demo/run.py.
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
@@ -159,7 +162,7 @@ def trainings(
                 "class_prompt": noun,
                 "class_data_dir": work / "class" / noun,
             }
-            for noun, token in TOKENS.items()
+            for noun, token in (TOKENS | (THIRD_TOKENS if gated else {})).items()
         }
     elif two:
         changes = {work / f"two-{seed}": {}}
@@ -394,6 +397,23 @@ def measure_two(*folders: Path, seed: int, images: int = 24, shown: Path | None 
     return figures
 
 
+def measure_each(*folders: Path, seed: int, images: int = 24) -> dict[str, float]:
+    """Of three gated concepts taught apart: shares of `images` that are with all of them applied as with one alone.
+
+    And how often the third one's are nearest to its design.
+    """
+    together, icons, figures = with_concept(*folders), load_designs(), {}
+    for folder, (noun, token) in zip(folders, (TOKENS | THIRD_TOKENS).items(), strict=True):
+        prompts = [f"photo of a {token} {noun}"] * images
+        alone, among = (generated(pipe, prompts, seed, guidance=6.0) for pipe in (with_concept(folder), together))
+        if noun in THIRD_TOKENS:
+            nearest = Judge(together, icons, [noun]).share(among, CONCEPTS[noun])
+            figures[f"{token} {noun} nearest to the concept"] = nearest
+        same = float((alone == among).all(axis=(1, 2, 3)).mean())
+        figures[f"{token} {noun}, three applied: exactly as alone"] = same
+    return figures
+
+
 def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: Path, seed: int) -> dict[str, float]:
     """All figures of one seed; `more` are flags of training."""
     runs = trainings(work, seed, arguments.two, arguments.apart, arguments.gated, arguments.beside)
@@ -402,6 +422,9 @@ def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: 
             command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
             subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
     taught = list(runs) if arguments.gated else [weigh(*runs)]
+    if arguments.apart and arguments.gated:
+        pair = taught[: len(TOKENS)]
+        return measure_two(*pair, seed=seed, shown=arguments.show) | measure_each(*taught, seed=seed)
     if arguments.two or arguments.apart:
         return measure_two(*taught, seed=seed, shown=arguments.show)
     return measure(*taught, seed=seed, shown=arguments.show)

@@ -26,10 +26,12 @@ SIZE = 256
 # are unlike each other, tears and heart-shaped eyes included, as anyone would choose images of one thing.
 CAT = ("cat-face", "grinning-cat", "crying-cat", "kissing-cat", "smiling-cat-with-heart-eyes")
 PLANT = ("potted-plant",) * 5
+# A third concept, for what has to hold with any number of them.
+TEAPOT = ("teapot",) * 5
 # What the demo validates with: two of the expressions that are not learned from, and other views of the plant.
 OTHERS = {"cat": ("cat-with-wry-smile", "grinning-cat-with-smiling-eyes"), "plant": ("potted-plant",) * 2}
 # The nouns of which the tests need drawings: the concepts' own, and one that should stay as it is.
-SCORED = ("cat", "plant", "dog")
+SCORED = ("cat", "plant", "teapot", "dog")
 # Of every concept's class, as many real images as a training takes (400), and some for near-duplicates left out.
 CLASS_IMAGES = 420
 GROUNDS = ("blue", "white", "green", "purple", "grey")
@@ -112,7 +114,7 @@ def write_images(
 
 
 def main() -> None:
-    """Write `examples/cat` and `examples/plant`, their classes' images, and the drawings that tests need."""
+    """Write the concepts of `examples/`, class images, other images, and the drawings that tests need."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where the emoji are kept.")
     parser.add_argument("--output_dir", type=Path, default=Path("examples"), help="Where the folders are made.")
@@ -120,12 +122,13 @@ def main() -> None:
     arguments = parser.parse_args()
     fetch(arguments.work)
     drawings = read_set(arguments.work / package_file("noto"))
-    for folder, names in {"cat": CAT, "plant": PLANT}.items():
+    for folder, names in {"cat": CAT, "plant": PLANT, "teapot": TEAPOT}.items():
         masks = arguments.output_dir / "masks" / folder
         write_images(drawings, names, arguments.output_dir / folder, len(folder), folder == "plant", masks)
+    for folder, names in OTHERS.items():
         # Another seed, so that size and place are others.
         others = arguments.output_dir / "validation" / folder
-        write_images(drawings, OTHERS[folder], others, 100 + len(folder), folder == "plant")
+        write_images(drawings, names, others, 100 + len(folder), folder == "plant")
     (arguments.output_dir / "captions.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
     icons = load_icons(arguments.work)
     write_class_images(icons, arguments.output_dir / "drawings.tar.gz")
