@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoints", action="store_true",
         help="Evaluate every checkpoint of the run in --model_dir, and name the best.")
     add("--margin", type=number_from_zero, default=0.05,
-        help="With --checkpoints, how much text alignment the best may have lost, as a part of the highest.")
+        help="With --checkpoints, how far the best's text alignment may be below the highest, as a fraction of it.")
     add("--instance_data_dir", nargs="+", default=[],
         help="Folders of real images of the concept, one for each where there are several.")
     add("--modifier_token", help="Tokens to leave out of scored prompts, joined with '+'; if not given, those of the "

@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--token_name", nargs="+", metavar="NAME",
         help="Other names for the concept's tokens, in their order, such as '<my-cat>'; the prompt needs them then.")
     add("--ungate", action="store_true",
-        help="Export a concept that acts at its own words alone (--token_gate), which no format here can express, as "
+        help="Export a concept that acts only at its own words (--token_gate), which no format here can express, as "
         "the weights that come nearest to it in the mean square over prompts. Says what is lost.")
     add("--prompts_file",
         help="Text file with one prompt per line, with the concept's words and without, for --ungate; if not given, "
@@ -135,7 +135,7 @@ def prompts_to_ungate(concept: Concept, args: argparse.Namespace) -> list[str]:
         return []
     if not args.ungate:
         raise UserError(
-            f"{concept.source!r} acts at its own words alone (--token_gate), which no other format can express: use it "
+            f"{concept.source!r} acts only at its own words (--token_gate), which no other format can express: use it "
             "with infer.py or apply_concepts, or export the nearest weights that act everywhere with --ungate"
         )
     if args.prompts_file is not None:

@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.scale = args.scale[0] if len(args.scale) == 1 else args.scale
     for name in ("height", "width"):
         if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):
-            parser.error(f"--{name} {getattr(args, name)} is no multiple of 8, which the VAE needs")
+            parser.error(f"--{name} {getattr(args, name)} is not a multiple of 8, which the VAE needs")
     return args
 
 
@@ -152,7 +152,7 @@ def warn_of_prompts(
             _warn(f"{prompt!r} has none of the learned tokens ({', '.join(tokens)})")
         if lost:
             _warn(
-                f"{prompt!r} names {', '.join(lost)} behind the {tokenizer.model_max_length} tokens that the text "
+                f"{prompt!r} names {', '.join(lost)} after the {tokenizer.model_max_length} tokens that the text "
                 "encoder reads, so the image will not show it: shorten the prompt"
             )
         elif rest := cut_off(prompt, tokenizer):
@@ -213,7 +213,7 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
                 paths[row].append(folder / name)
                 if flagged[offset]:
                     tqdm.write(
-                        f"warning: {folder / name} is black: the base model's safety checker holds it for unsafe, "
+                        f"warning: {folder / name} is black: the base model's safety checker considers it unsafe, "
                         "perhaps wrongly; try another --seed, or --no_safety_checker where the model's licence allows",
                         file=sys.stderr,
                     )

@@ -40,11 +40,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="The class of each token, in the order of --model_dir, such as cat 'wooden pot'; if not given, the words "
         "that follow the token in the instance prompt of the concept's card.")
     add("--output_dir", default="merged-concepts", help="Where the merged concept is written; must be new or empty.")
-    add("--captions", help="Text file with one caption per line, on which the base model's answers are kept; "
-        "if not given, those that come with this project.")
+    add("--captions", help="Text file with one caption per line, for which the base model's keys and values are "
+        "kept; if not given, those that come with this project.")
     add("--prior_weight", type=float,
-        help="Weigh what the base model answers to the captions against what the concepts' own weights answer to their "
-        "prompts, rather than keep the concepts' words exactly; such as 0.5. One concept alone then leaves what the "
+        help="Weigh the base model's keys and values for the captions against those of the concepts for their prompts, "
+        "rather than keep the concepts' words exactly; such as 0.5. One concept alone then leaves what the "
         "model knew as it was. The captions should name the things that are to stay, and the concepts' classes.")
     add("--num_captions", type=int, default=500, help="How many of them are used, spread evenly over the file.")
     add_base_model_flags(parser, "the one that the concepts' cards name")
@@ -145,7 +145,7 @@ def weigh(
         "prior weight": prior_weight,
         "what is left of the captions' change": f"{moved:.0%}",
     }
-    return merged, settings, f"the answers to the captions change {moved:.0%} as far as by what was learned"
+    return merged, settings, f"the captions' keys and values change {moved:.0%} as far as they did in training"
 
 
 if __name__ == "__main__":

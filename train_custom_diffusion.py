@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="The loss counts inside the mask of each instance image: mask/photo.png or photo-masklabel.png beside "
         "photo.jpg, white inside, or the image's own alpha channel, whose hidden colours are then shown.")
     add("--unmasked_weight", type=float, default=0.1,
-        help="With it, how much the loss outside of the mask counts, from 0 to 1.")
+        help="With it, how much the loss outside the mask counts, from 0 to 1.")
     add("--hflip", **is_on, help="Mirror half of the images.")
     add("--noaug", **is_on, help="No resize augmentation of the instance images.")
     add("--padding_mode", default="constant", choices=["constant", "edge"],
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "in images twice as wide, so that both can be drawn in one; such as 0.5. These steps take twice the memory.")
     add("--cutmix_data_dir",
         help="Folder of other images, each with a caption (photo.txt beside photo.jpg, or metadata.jsonl), that these "
-        "steps show beside a concept: so its word learns to stay at its own object, of one concept too.")
+        "steps show beside a concept, so that its word affects only its own object; works with one concept too.")
     add("--resolution", type=positive_int, default=512,
         help="Side of the training images in pixels; 768 for Stable Diffusion 2.x at 768. If not given, 1024 for "
         "Stable Diffusion XL.")
@@ -129,11 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="Class images generated at once, per device. If not given, as many as half of the free memory holds, up "
         "to 32.")
     add("--class_image_scheduler", default="dpmsolver++", choices=["dpmsolver++", "default"],
-        help="What draws them: DPM-Solver++, or the base model's own scheduler, as in diffusers' example.")
+        help="Sampler of class images: DPM-Solver++, or the base model's own scheduler, as in diffusers' example.")
     add("--class_image_steps", type=positive_int,
-        help="Denoising steps of each; if not given, 25, and 50 with the base model's own scheduler.")
+        help="Denoising steps of each class image; if not given, 25, and 50 with the base model's own scheduler.")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
-        help="Precision of that generation; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny "
+        help="Precision of class images; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny "
         "models), or else fp32.")
 
     add = parser.add_argument_group("training").add_argument
@@ -159,14 +159,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze_model", default="crossattn_kv", choices=["crossattn_kv", "crossattn"],
         help="What is trained of the cross-attention: keys and values, or all projections (better for faces).")
     add("--token_gate", **is_on,
-        help="What is learned acts at the concept's own words alone: the modifier token and its class words. Prompts "
+        help="What is learned acts only at the concept's own words: the modifier token and its class words. Prompts "
         "without them give the base model's images, and concepts are applied together without merging. Needs no class "
         "images; keys and values alone.")
     add("--rank", type=positive_int,
         help="Train a change of this rank beside each projection, such as 16, rather than the projection: smaller "
         "files, checkpoints and optimizer states. If not given, whole projections.")
     add("--rank_alpha", type=positive_number,
-        help="The change is multiplied by this over --rank; if not given, by 1.")
+        help="The change is multiplied by this divided by --rank; if not given, by 1.")
     add("--optimizer", choices=OPTIMIZERS,
         help="If not given, adamw. adamw8bit needs pip install '.[8bit]'. prodigy finds its own step size, and needs "
         "pip install '.[prodigy]'. adafactor keeps the smallest state.")
@@ -176,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_weight_decay", type=float, default=1e-2, help="Weight decay of every optimizer.")
     add("--adam_epsilon", type=float, default=1e-8, help="Epsilon of AdamW and Prodigy.")
     add("--snr_gamma", type=positive_number,
-        help="Weigh the loss of each image by its noise level (Min-SNR, Hang et al. 2023); the paper recommends 5. If "
+        help="Weight the loss of each image by its noise level (Min-SNR, Hang et al. 2023); the paper recommends 5. If "
         "not given, all levels count alike.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
     add("--set_grads_to_none", **is_on,
@@ -216,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Folder of other images of the concept: their loss, always with the same noise, falls while the concept "
         "is learned and rises when the instance images are learned by heart.")
     add("--validation_split", type=positive_int,
-        help="Rather hold out the last so many instance images of each concept, such as 1 of five.")
+        help="Instead, hold out this many of each concept's instance images, the last by name, such as 1 of five.")
 
     add = parser.add_argument_group("output and logging").add_argument
     add("--save_precision", choices=["fp32", "fp16"],
@@ -291,7 +291,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     for prompt in one_or_several(args.validation_prompt):
         if not prompt.isprintable():
-            parser.error(f"--validation_prompt {prompt!r} holds line breaks or characters that are no text")
+            parser.error(f"--validation_prompt {prompt!r} holds line breaks or unprintable characters")
     if args.validation_data_dir is not None and args.validation_split is not None:
         parser.error("--validation_data_dir and --validation_split both say what to validate with: give one of them")
     if args.validation_data_dir is not None and args.concepts_list is not None:

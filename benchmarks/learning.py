@@ -100,7 +100,7 @@ TOGETHER = {
     "max_train_steps": 1200,
     "cutmix_probability": 0.5,
 }
-# What `--token_gate` changes of either: what acts at its own words alone needs no class images.
+# What `--token_gate` changes of either: what acts only at its own words needs no class images.
 GATED = {
     "token_gate": True,
     **dict.fromkeys(
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument(
         "--gated",
         action="store_true",
-        help="Teach what acts at its own words alone, without class images; of --apart, apply both without merging.",
+        help="Teach what acts only at its own words, without class images; of --apart, apply both without merging.",
     )
     parser.add_argument(
         "--beside",

@@ -8,7 +8,7 @@ Inversion, DreamBooth and DreamBooth with LoRA, each as it is, and with ours, as
 `--token_gate`; and measures the results alike. Every method gets the same images, batch and number of tries, and the
 same class images if it takes any. The tries are three learning rates, then the best of them with twice the steps, on a
 seed that is not measured. Textual Inversion, which needs more steps by its documentation, gets twice as many in each.
-Figures are means over the other seeds, with the least and the most; `neighbours.md` in `--work` has them and
+Figures are means over the other seeds, with the minimum and maximum; `neighbours.md` in `--work` has them and
 `neighbours.png` images of the first. What is in `--work` already is not made again.
 
 Images are judged by MobileNetV2, so that nothing is downloaded: alignment and KID are `evaluate.py`'s formulas, with
@@ -533,7 +533,7 @@ def is_dominated(name: str, means: dict[str, dict[str, float]]) -> bool:
 
 
 def table(rows: dict[str, tuple[Method, float, int, list[dict[str, float]]]], base_kid: list[float]) -> str:
-    """Markdown: a row per measure, a column per method; means, and in brackets the least and the most."""
+    """Markdown: a row per measure, a column per method; means, and in brackets the minimum and maximum."""
     means = {
         name: {key: statistics.fmean(values) for key in COLUMNS if (values := [run[key] for run in runs if key in run])}
         for name, (_, _, _, runs) in rows.items()

@@ -215,7 +215,7 @@ def test_prompts_that_are_too_long_get_a_warning(
     )
     assert without.endswith("has none of the learned tokens (<new1>)")
     assert cut_too.endswith("which does not read its end: 'on a hill'")
-    assert "names <new1> behind the 77 tokens that the text encoder reads, so the image will not show it" in lost
+    assert "names <new1> after the 77 tokens that the text encoder reads, so the image will not show it" in lost
     assert negative.startswith("warning: --negative_prompt is too long") and negative.endswith(
         "'blurred, grey and dark'"
     )

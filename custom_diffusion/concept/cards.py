@@ -90,7 +90,7 @@ def _use_in_python(concept: Concept, prompt: str, ending: str) -> str:
 
 
 def _gated_use(concept: Concept, prompt: str) -> str:
-    """How Python loads a concept that acts at its own words alone."""
+    """How Python loads a concept that acts only at its own words."""
     return f"""The attention weights act at the concept's own words alone (`--token_gate`), and prompts without them
 give the base model's images:
 
@@ -268,7 +268,7 @@ def _lost_gate(lost: str) -> str:
     return f"""
 ## Not the concept itself
 
-This was exported from a concept that acts at its own words alone (`--token_gate`). No format of other programs can
+This was exported from a concept that acts only at its own words (`--token_gate`). No format of other programs can
 express that, so these weights act everywhere (`export.py --ungate`). They come as near to the concept as such weights
 can: {lost}.
 

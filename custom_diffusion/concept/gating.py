@@ -335,7 +335,7 @@ class GatedUNet:
 
     def _find(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(getattr(module, "fused_projections", False) for module in self._attention):
-            raise UserError("fuse_qkv_projections() passes gated concepts by: unfuse_qkv_projections() first")
+            raise UserError("fuse_qkv_projections() bypasses gated concepts: call unfuse_qkv_projections() first")
         features = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         mask = self.texts.mask(features)
         if mask is self._mask:  # as in every denoising step of an image but the first
@@ -362,7 +362,7 @@ class GatedUNet:
         """What a concept adds to a projection's output at its places: (number of places, channels)."""
         assert self._mask is not None
         if features.shape[:2] != output.shape[:2] or features.shape[:2] != self._mask.shape[:2]:
-            raise UserError("this pipeline splits what its UNet is told, which gated concepts cannot follow")
+            raise UserError("this pipeline splits its UNet's text features, which gated concepts do not support")
         change = getattr(module, name).to(features.device, features.dtype)
         added = self.scales[number] * (features.flatten(0, 1)[self._places[number]] @ change.T)
         return added.to(output.dtype)

@@ -72,7 +72,7 @@ def check_mergeable(concept: Concept, first: Concept) -> None:
     """
     if concept.gates:
         raise UserError(
-            f"{concept.source!r} acts at its own words alone (--token_gate) and needs no merging: give all of them to "
+            f"{concept.source!r} acts only at its own words (--token_gate) and needs no merging: give all of them to "
             "infer.py, which takes several --model_dir"
         )
     keys, others = (set(c.projections()) for c in (concept, first))

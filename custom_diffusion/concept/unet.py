@@ -77,7 +77,7 @@ class Projection:
         """
         self._check_in_memory()
         if not hasattr(self.linear, _ORIGINAL.format(self.name)):
-            raise UserError("the UNet's projections are others than the concept was put into: it is out already")
+            raise UserError("the UNet's projections are not the ones the concept was put into: it is already out")
 
     def _check_in_memory(self, may_be_fused: bool = False) -> None:
         if self.parameter.is_meta:

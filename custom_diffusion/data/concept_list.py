@@ -87,7 +87,7 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
             if not isinstance(entry.get(key), str) or not entry[key]:
                 raise UserError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
             if not entry[key].isprintable():
-                raise UserError(f"{key} {entry[key]!r} holds line breaks or characters that are no text")
+                raise UserError(f"{key} {entry[key]!r} holds line breaks or unprintable characters")
         concept = ConceptEntry(**{key: entry[key] for key in needed}, validation_data_dir=_validation_folder(entry))
         class_prompt = entry.get("class_prompt")
         if getattr(args, "token_gate", False) and isinstance(class_prompt, str):

@@ -280,7 +280,7 @@ def read_configuration(base_model: BaseModel, resolution: int | None) -> ModelCo
     if resolution % factor:
         below = resolution // factor * factor
         raise UserError(
-            f"--resolution {resolution} is no multiple of {factor}, which the VAE needs: "
+            f"--resolution {resolution} is not a multiple of {factor}, which the VAE needs: "
             f"take {below or factor} or {below + factor}"
         )
     return ModelConfiguration(
