@@ -10,12 +10,16 @@ from custom_diffusion.command_line import (
     DEFAULT_MODEL,
     HelpFormatter,
     add_base_model_flags,
+    denoising_steps,
     end_quietly_on_interrupt,
+    finite_number,
     import_diffusers,
     number_from_zero,
     parse_with_config,
     positive_int,
     run,
+    seed_number,
+    share,
     whole_number,
 )
 
@@ -64,10 +68,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_images", type=positive_int, help="Images per prompt; if not given, 5, and 1 with --checkpoints.")
     add("--num_class_images", type=positive_int, default=200, help="Images of each plain class prompt, for KID.")
     add("--batch_size", type=positive_int, default=4, help="Images made at once.")
-    add("--seed", type=int, default=42, help="Image i of each prompt starts from the noise of seed + i.")
-    add("--num_inference_steps", type=positive_int, default=100, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=6.0, help="How strictly the prompt is followed.")
-    add("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
+    add("--seed", type=seed_number, default=42, help="Image i of each prompt starts from the noise of seed + i.")
+    add("--num_inference_steps", type=denoising_steps, default=100, help="Denoising steps.")
+    add("--guidance_scale", type=finite_number, default=6.0, help="How strictly the prompt is followed.")
+    add("--eta", type=share, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
     add("--dtype", choices=DTYPES, help="Precision of sampling; if not given, fp16 on a GPU and fp32 on a CPU.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
@@ -96,8 +100,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.checkpoints and args.images_dir is not None:
         parser.error("--checkpoints makes images with each of them: leave out --images_dir")
     args.num_images = args.num_images or (1 if args.checkpoints else 5)
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     return args
 
 
@@ -148,4 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "interrupted: run the same command again, the images that are there are not made again")
+    run(
+        main,
+        "interrupted: run the same command again, the images that are there are not made again",
+        needs_memory="give a smaller --batch_size",
+    )

@@ -10,14 +10,19 @@ from custom_diffusion.command_line import (
     DEFAULT_MODEL,
     HelpFormatter,
     add_base_model_flags,
+    denoising_steps,
     end_quietly_on_interrupt,
+    finite_number,
     given_base_model,
     import_diffusers,
     parse_with_config,
+    positive_int,
     run,
     save_config,
+    seed_number,
+    share,
 )
-from custom_diffusion.files import read_text
+from custom_diffusion.files import read_text_again
 
 # The names alone: what they stand for takes seconds to import.
 SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
@@ -42,12 +47,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Output folder of a training run, one of its checkpoints, the authors' delta.bin, or a Hub id "
         "(owner/name or owner/name@revision); several are applied together.")
     add_base_model_flags(parser, "the one that the concept's card names")
-    add("--num_images", type=int, default=1, help="Images per prompt.")
-    add("--batch_size", type=int, default=1, help="Images made at once; more is faster and takes more memory.")
-    add("--seed", type=int, default=42, help="Image i of each prompt starts from the noise of seed + i.")
-    add("--num_inference_steps", type=int, default=100, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=6.0, help="How strictly the prompt is followed.")
-    add("--eta", type=float, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
+    add("--num_images", type=positive_int, default=1, help="Images per prompt.")
+    add("--batch_size", type=positive_int, default=1, help="Images made at once; more is faster and takes more memory.")
+    add("--seed", type=seed_number, default=42, help="Image i of each prompt starts from the noise of seed + i.")
+    add("--num_inference_steps", type=denoising_steps, default=100, help="Denoising steps.")
+    add("--guidance_scale", type=finite_number, default=6.0, help="How strictly the prompt is followed.")
+    add("--eta", type=share, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
     add("--height", type=int, help="Height in pixels; if not given, the base model's.")
     add("--width", type=int, help="Width in pixels; if not given, the base model's.")
     add("--negative_prompt", help="What should not be in the images.")
@@ -58,23 +63,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Precision; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny models), or else "
         "fp32.")
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
-    add("--scale", type=float, nargs="+", default=[1.0],
+    add("--scale", type=finite_number, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
     add("--output_dir", default="samples", help="Where the images are written; none there is replaced.")
     args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:
         try:
-            lines = read_text(args.prompts_file).splitlines()
+            lines = read_text_again(args.prompts_file).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompts_file {args.prompts_file!r} cannot be read: {getattr(error, 'strerror', error)}")
         args.prompt += [line.strip() for line in lines if line.strip()]
         args.prompts_file = None  # they are prompts now: the saved configuration should not have them twice
     if not args.prompt:
         parser.error("give a prompt, such as --prompt '<new1> cat'")
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     if len(args.scale) not in (1, len(args.model_dir)):
         parser.error(f"--scale has {len(args.scale)} values, --model_dir {len(args.model_dir)}: give one, or as many")
     args.scale = args.scale[0] if len(args.scale) == 1 else args.scale
@@ -244,4 +246,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, needs_memory="give a smaller --batch_size, --height or --width")

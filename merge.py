@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 
 from custom_diffusion.command_line import (
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     phrases = " and a ".join(phrase for part in parts for phrase in part.phrases())
     print(f"merged {' and '.join(args.model_dir)} in {time.perf_counter() - started:.1f} s; {outcome}")
     what = "it" if len(merged.tokens) == 1 else "them together"
-    print(f'See {what}:\n  python infer.py --model_dir {args.output_dir} --prompt "photo of a {phrases}"')
+    command = ["python", "infer.py", "--model_dir", args.output_dir, "--prompt", f"photo of a {phrases}"]
+    print(f"See {what}:\n  {shlex.join(command)}")
 
 
 def merge_into(

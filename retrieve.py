@@ -16,6 +16,7 @@ from PIL import Image
 
 from custom_diffusion.command_line import (
     HelpFormatter,
+    finite_number,
     number_from_zero,
     parse_with_config,
     positive_number,
@@ -96,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--indice_name", help="Which index of the service; if not given, its first.")
     add("--modality", choices=["image", "text"], default="image",
         help="What the prompt is compared with: the service's images or their captions.")
-    add("--aesthetic_weight", type=float, default=0.1,
+    add("--aesthetic_weight", type=finite_number, default=0.1,
         help="How much images that people like are preferred, where the service can.")
     add("--aesthetic_score", type=int, choices=range(10), default=9, metavar="0-9", help="What score is preferred.")
     add("--deduplicate", type=switch, default=True, metavar="True|False",

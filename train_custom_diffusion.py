@@ -19,6 +19,7 @@ from custom_diffusion.command_line import (
     DEFAULT_MODEL,
     HelpFormatter,
     OneOrSeveral,
+    denoising_steps,
     end_quietly_on_interrupt,
     import_diffusers,
     one_or_several,
@@ -26,6 +27,7 @@ from custom_diffusion.command_line import (
     positive_int,
     positive_number,
     run,
+    seed_number,
     switch,
 )
 from custom_diffusion.errors import UserError
@@ -130,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "to 32.")
     add("--class_image_scheduler", default="dpmsolver++", choices=["dpmsolver++", "default"],
         help="Sampler of class images: DPM-Solver++, or the base model's own scheduler, as in diffusers' example.")
-    add("--class_image_steps", type=positive_int,
+    add("--class_image_steps", type=denoising_steps,
         help="Denoising steps of each class image; if not given, 25, and 50 with the base model's own scheduler.")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
         help="Precision of class images; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny "
@@ -138,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=DEFAULT_MODEL, help="Where everything is written.")
-    add("--seed", type=int, default=42, help="Seed of everything random.")
+    add("--seed", type=seed_number, default=42, help="Seed of everything random.")
     add("--train_batch_size", type=positive_int, default=4,
         help="Instance images per step and device, and as many class images.")
     add("--num_train_epochs", type=positive_int, default=1,
@@ -287,8 +289,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--max_grad_norm {args.max_grad_norm} is not above 0, so nothing would be learned")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= LAST_POLYNOMIAL_RATE and not args.scale_lr:
         parser.error(f"--lr_scheduler=polynomial ends at {LAST_POLYNOMIAL_RATE}: give a larger --learning_rate")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed {args.seed} is not between 0 and 2^32 - 1")
     for prompt in one_or_several(args.validation_prompt):
         if not prompt.isprintable():
             parser.error(f"--validation_prompt {prompt!r} holds line breaks or unprintable characters")
@@ -405,7 +405,7 @@ from transformers import CLIPTokenizer
 
 from custom_diffusion.data.buckets import Shape, describe_buckets, find_buckets, shapes_of
 from custom_diffusion.data.class_images import generate_class_images
-from custom_diffusion.data.concept_list import read_concepts
+from custom_diffusion.data.concept_list import ConceptEntry, read_concepts
 from custom_diffusion.data.dataset import CustomDiffusionDataset
 from custom_diffusion.data.images import find_class_images, find_cutmix_images, find_instance_images
 from custom_diffusion.data.masks import find_masks
@@ -454,33 +454,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All that is small is read and checked first: a mistake should show before anything slow is loaded or written.
     concepts = read_concepts(args)
     tokens, initializers = parse_modifier_tokens(args)
-    instance_images, validation_images = split_images(args, concepts, find_instance_images(concepts, args.masked_loss))
-    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
+    instance_images, validation_images, class_images, others = find_images(args, concepts)
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     configuration = read_model(args, given_flags(argv))
-    base_model = configuration.base_model
-    tokenizers = base_model.tokenizers(configuration.family, args.tokenizer_name)
+    tokenizers = configuration.base_model.tokenizers(configuration.family, args.tokenizer_name)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, initializers)
-    check_prompts(args, concepts, instance_images, class_images, tokenizers, modifier_tokens)
+    check_prompts(args, concepts, instance_images, class_images, others, tokenizers, modifier_tokens)
     gate = build_gate(concepts, instance_images, tokens, tokenizers) if args.token_gate else None
     masks = read_masks(args, [*instance_images, *validation_images], configuration)
-    settings = describe_settings(args, instance_images, class_images, concepts, accelerator.num_processes, gate, masks)
+    images = (instance_images, class_images, others)
+    settings = describe_settings(args, *images, concepts, accelerator.num_processes, gate, masks)
     open_output_dir(args, settings, checkpoint, accelerator)
 
     # Without real class images, the base model draws its own idea of each class.
     if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(base_model, concepts, accelerator, args)
+        generate_class_images(configuration.base_model, concepts, accelerator, args)
         class_images = find_class_images(concepts, args.num_class_images, real_prior=False)
-    dataset = build_dataset(args, instance_images, class_images, masks, configuration, tokenizers, accelerator)
+    dataset = build_dataset(args, instance_images, class_images, others, masks, configuration, tokenizers, accelerator)
     steps = plan_steps(args, dataset, checkpoint, accelerator.num_processes)
     check_inputs(args, settings, class_images, steps, checkpoint, accelerator)
     # While nothing else is loaded: the VAE has the memory to itself, and large batches are fast.
     latents = prepare_latents(args, dataset, steps, configuration, accelerator)
 
     # Trained are a row for each modifier token, and copies of the cross-attention's projections, or changes of them.
-    text_encoders = base_model.text_encoders(configuration.family)
+    text_encoders = configuration.base_model.text_encoders(configuration.family)
     train_new_words(text_encoders, modifier_tokens)
-    unet = load_unet(base_model, args.quantize_base, compute_type(accelerator))
+    unet = load_unet(configuration.base_model, args.quantize_base, compute_type(accelerator))
     train_attention(unet, args, 0 if gate is None else len(gate.concepts))
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None
     parts = (configuration.family, text_encoders, unet, configuration.noise_scheduler, modifier_tokens)
@@ -507,6 +506,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     announce(run)
     begin(run, validation_images)
     finish(run, train(run))
+
+
+def find_images(args: argparse.Namespace, concepts: Sequence[ConceptEntry]) -> tuple[list[tuple[Path, str]], ...]:
+    """Instance images, those to validate with, real class images, and those to show beside a concept."""
+    instance_images, validation_images = split_images(args, concepts, find_instance_images(concepts, args.masked_loss))
+    class_images = find_class_images(concepts, args.num_class_images, real_prior=True) if args.real_prior else []
+    return instance_images, validation_images, class_images, find_cutmix_images(args.cutmix_data_dir)
 
 
 def read_model(args: argparse.Namespace, given: set[str]) -> ModelConfiguration:
@@ -542,6 +548,7 @@ def build_dataset(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
     class_images: Sequence[tuple[Path, str]],
+    others: Sequence[tuple[Path, str]],
     masks: Mapping[Path, Path] | None,
     configuration: ModelConfiguration,
     tokenizers: dict[str, CLIPTokenizer],
@@ -563,7 +570,7 @@ def build_dataset(
         seed=args.seed,
         variants=None if args.no_latent_cache else args.latent_variants,
         cutmix_probability=args.cutmix_probability,
-        cutmix_images=find_cutmix_images(args.cutmix_data_dir),
+        cutmix_images=others,
         samples_per_step=args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
         padding_mode=args.padding_mode,
         with_time_ids=configuration.family.reads_time_ids,
@@ -638,4 +645,9 @@ def train(run: Run, read_every: int | None = None) -> float:
 
 
 if __name__ == "__main__":
-    run(main, "interrupted before the first step; run the same command again", name_to_speak_as)
+    run(
+        main,
+        "interrupted before the first step; run the same command again",
+        name_to_speak_as,
+        "give a smaller --train_batch_size or --resolution; docs/recipes.md has the flags for small graphics cards",
+    )

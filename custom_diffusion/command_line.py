@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import math
 import os
 import re
 import signal
@@ -18,7 +19,8 @@ from typing import Any
 import yaml
 
 from custom_diffusion.errors import Interrupted, UserError
-from custom_diffusion.files import read_text, write_bytes
+from custom_diffusion.files import read_text_again, write_bytes
+from custom_diffusion.text import first_line
 
 CONFIG_NAME = "config.yaml"
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
@@ -90,10 +92,10 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
 def _flags_of_file(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(read_text_again(path))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--config {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a ValueError
         mark = getattr(error, "problem_mark", None)
         parser.error(f"--config {str(path)!r} is no valid YAML" + (f", see its line {mark.line + 1}" if mark else ""))
     if content is None:
@@ -167,7 +169,7 @@ def positive_number(text: str) -> float:
     """An argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value
 
 
@@ -175,7 +177,39 @@ def number_from_zero(text: str) -> float:
     """An argparse type: a finite number, 0 or above."""
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return value
+
+
+def finite_number(text: str) -> float:
+    """An argparse type: a number that is neither nan nor infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: what every library takes for a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 2^32 - 1")
+    return value
+
+
+def denoising_steps(text: str) -> int:
+    """An argparse type: fewer denoising steps than the 1000 timesteps that models have."""
+    value = int(text)
+    if not 0 < value < 1000:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 999")
     return value
 
 
@@ -185,6 +219,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+# What argparse calls them where a text is none.
+for _type in (seed_number, denoising_steps, positive_int):
+    _type.__name__ = "whole number"
+for _type in (finite_number, positive_number, number_from_zero, share):
+    _type.__name__ = "number"
 
 
 def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> None:
@@ -236,6 +277,7 @@ def run(
     main: Callable[[], None],
     interrupted: str = "interrupted: run the same command again",
     name_to_speak_as: Callable[[str], str | None] = lambda error: "",
+    needs_memory: str = "close other programs",
 ) -> None:
     """Run a command's ``main``; whatever can go wrong for a user ends in one line and an exit code.
 
@@ -243,12 +285,18 @@ def run(
         main: the command.
         interrupted: what Ctrl-C leaves behind, and how to continue.
         name_to_speak_as: where there are several processes, what one of them puts before an error; None to be silent.
+        needs_memory: what to do where there is not enough memory.
 
     Raises:
         SystemExit: with 1 for an error, 128 + its number after a signal.
     """
     try:
-        main()
+        try:
+            main()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(f"there is not enough memory ({first_line(error)}): {needs_memory}") from error
     except UserError as error:
         name = name_to_speak_as(str(error))
         sys.exit(1 if name is None else f"error: {name}{error}")
@@ -260,6 +308,12 @@ def run(
         if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
             print(interruption if isinstance(interruption, Interrupted) else interrupted, file=sys.stderr)
         sys.exit(getattr(interruption, "exit_code", 128 + signal.SIGINT))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU or torch's allocator on a CPU had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 def import_diffusers(needed: str | None = None) -> None:

@@ -23,6 +23,7 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _HALF_WRITTEN = (".half-written-", ".tmp")
+_read_from_pipes: dict[Path, str] = {}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -48,6 +49,8 @@ def output_folder(path: str | os.PathLike) -> Path:
     Raises:
         UserError: where it cannot be made or written to, before hours are spent on what cannot be saved.
     """
+    if not str(path).strip():
+        raise UserError("--output_dir is empty: give the name of a folder")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +78,18 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         # Half a result would keep the same command from being run again.
         for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove_tree(path)
         if is_new and folder.is_dir():
             folder.rmdir()
         raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link, the link. What is not there is gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -95,6 +103,22 @@ def read_text(path: str | os.PathLike) -> str:
         UnicodeDecodeError: where it is no text.
     """
     return decode_text(Path(path).read_bytes())
+
+
+def read_text_again(path: str | os.PathLike) -> str:
+    """As :func:`read_text`, also a second time where the first has emptied the file: a pipe, such as ``/dev/stdin``.
+
+    Command lines are parsed twice: first without the libraries, which take seconds.
+
+    Raises:
+        OSError, UnicodeDecodeError: as :func:`read_text` does.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_text(path)
+    if path not in _read_from_pipes:
+        _read_from_pipes[path] = read_text(path)
+    return _read_from_pipes[path]
 
 
 def decode_text(content: bytes) -> str:

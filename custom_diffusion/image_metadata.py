@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from PIL import ExifTags, Image
 
+SIGNATURE_BYTES = 16
 ORIENTATION, COLOURS = 1, 2  # what decides, beside the pixels, how an image looks
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,6 +76,11 @@ def _orientation_alone(image: Image.Image) -> int:
 # --- without it ----------------------------------------------------------------------------------
 
 
+def can_strip(head: bytes) -> bool:
+    """Whether the first ``SIGNATURE_BYTES`` of a file are those of a format that :func:`without_metadata` knows."""
+    return any(re.match(signature, head, re.DOTALL) for signature in _FORMATS)
+
+
 def without_metadata(content: bytes) -> Iterator[bytes]:
     """An image file without what could be broken about it beside its pixels.
 
@@ -86,7 +92,7 @@ def without_metadata(content: bytes) -> Iterator[bytes]:
         the orientation too. Nothing where the pixels are not all there.
     """
     for signature, strip in _FORMATS.items():
-        if re.match(signature, content[:16], re.DOTALL):
+        if re.match(signature, content[:SIGNATURE_BYTES], re.DOTALL):
             for keeps in (ORIENTATION | COLOURS, ORIENTATION, 0):
                 try:
                     yield strip(content, keeps)

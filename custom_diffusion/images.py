@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from custom_diffusion.colours import to_srgb
 from custom_diffusion.files import write_whole
-from custom_diffusion.image_metadata import upright, upright_size, without_metadata
+from custom_diffusion.image_metadata import SIGNATURE_BYTES, can_strip, upright, upright_size, without_metadata
 from custom_diffusion.text import first_line
 
 # Pillow's warnings about metadata name no file, and nothing depends on it.
@@ -39,7 +39,7 @@ def load_image(
         background: what transparent parts are laid on; None to show the colours that transparency hides.
 
     Raises:
-        OSError: for files that cannot be read, or are no (whole) image.
+        OSError: for files that cannot be read, or are no (whole) image; for pipes and devices, unread.
         Image.DecompressionBombError: for images too large to decode.
     """
     image = _load(source, least_side)
@@ -65,6 +65,8 @@ def load_alpha(source: str | os.PathLike | IO[bytes]) -> Image.Image | None:
 
 def _load(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Image.Image:
     """The image in the mode RGBA where it has transparency, else RGB."""
+    if isinstance(source, str | os.PathLike) and _is_endless(Path(source)):
+        raise OSError(f"{os.fspath(source)!r} is no file")
     try:
         return _decode(source, least_side)
     except (Image.DecompressionBombError, MemoryError):
@@ -73,10 +75,17 @@ def _load(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Imag
         if isinstance(error, OSError) and error.errno is not None:
             raise
         broken = error if isinstance(error, OSError) else OSError(f"no readable image: {first_line(error)}")
-    for content in without_metadata(_content(source)):
-        with contextlib.suppress(Exception):
-            return _decode(io.BytesIO(content), least_side)
+    # Anything may lie beside images, a film or a model of many GB too: it is read whole only if it begins as they do.
+    if can_strip(_content(source, SIGNATURE_BYTES)):
+        for content in without_metadata(_content(source)):
+            with contextlib.suppress(Exception):
+                return _decode(io.BytesIO(content), least_side)
     raise broken
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device: reading one may never end."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def image_size(source: str | os.PathLike) -> tuple[int, int]:
@@ -86,41 +95,55 @@ def image_size(source: str | os.PathLike) -> tuple[int, int]:
         OSError, Image.DecompressionBombError: as :func:`load_image` does.
     """
     try:
-        with Image.open(source) as opened:
+        with open_image(source) as opened:
             return upright_size(opened)
     except Exception:  # broken metadata makes Pillow raise nearly anything, and the pixels may be whole
         return load_image(source).size
 
 
-def open_image(content: bytes, formats: list[str] | None = None) -> Image.Image:
-    """Open an encoded image without decoding it, as ``Image.open`` does, but also where its metadata is broken.
+def open_image(source: str | os.PathLike | IO[bytes], formats: Sequence[str] | None = None) -> Image.Image:
+    """Open an encoded image without decoding it, as ``Image.open`` does, but never PostScript.
+
+    That is a program: Pillow gives it to Ghostscript, whatever the file is called and whoever made it.
 
     Args:
-        formats: Pillow's names of those that may be opened, all if None.
+        formats: Pillow's names of those that may be opened, all others if None.
+
+    Raises:
+        Exception: what ``Image.open`` raises.
+    """
+    Image.init()
+    return Image.open(source, formats=[name for name in formats or list(Image.OPEN) if name != "EPS"])
+
+
+def open_damaged_image(content: bytes, formats: Sequence[str]) -> Image.Image:
+    """As :func:`open_image`, but also where the image's metadata is broken.
 
     Raises:
         Exception: what ``Image.open`` raises.
     """
     try:
-        return Image.open(io.BytesIO(content), formats=formats)
+        return open_image(io.BytesIO(content), formats)
     except Image.DecompressionBombError:
         raise
     except Exception:  # broken files make Pillow raise nearly anything
         for stripped in without_metadata(content):
             with contextlib.suppress(Exception):
-                return Image.open(io.BytesIO(stripped), formats=formats)
+                return open_image(io.BytesIO(stripped), formats)
         raise
 
 
-def _content(source: str | os.PathLike | IO[bytes]) -> bytes:
+def _content(source: str | os.PathLike | IO[bytes], most: int = -1) -> bytes:
+    """The first bytes of a file, or all of them."""
     if isinstance(source, str | os.PathLike):
-        return Path(source).read_bytes()
+        with Path(source).open("rb") as file:
+            return file.read(most)
     source.seek(0)
-    return source.read()
+    return source.read(most)
 
 
 def _decode(source: str | os.PathLike | IO[bytes], least_side: int | None) -> Image.Image:
-    with Image.open(source) as opened:
+    with open_image(source) as opened:
         if least_side is not None:
             opened.draft("RGB", (least_side, least_side))
         opened.load()
@@ -157,6 +180,12 @@ def readable_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return good, bad
 
 
+def contained(image: Image.Image, side: int) -> Image.Image:
+    """The image in its own shape with ``side`` pixels on its longer side, and at least one on the other."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+
+
 def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None = None, side: int = 256) -> Image.Image:
     """All images small on one.
 
@@ -170,7 +199,7 @@ def contact_sheet(rows: Sequence[Sequence[Path]], labels: Sequence[str] | None =
     draw = ImageDraw.Draw(sheet)
 
     def thumbnail(path: Path) -> Image.Image:
-        return ImageOps.contain(load_image(path, least_side=side), (side, side))
+        return contained(load_image(path, least_side=side), side)
 
     with ThreadPoolExecutor() as pool:
         thumbnails = pool.map(thumbnail, [path for paths in rows for path in paths])

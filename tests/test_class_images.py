@@ -116,7 +116,7 @@ def test_how_they_are_drawn_is_no_setting_of_the_training() -> None:
     # The images themselves are compared when a run is resumed.
     argv = flags(Path(), Path(), Path())
     settings = [
-        describe_settings(parse_args([*argv, *more]), [], [], [], 1)
+        describe_settings(parse_args([*argv, *more]), [], [], [], [], 1)
         for more in ([], ["--class_image_scheduler=default", "--class_image_steps=30"])
     ]
     assert settings[0] == settings[1]

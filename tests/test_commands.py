@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import export
 import infer
@@ -133,3 +134,21 @@ def test_a_folder_that_cannot_be_read(
     monkeypatch.setattr(Path, "glob", refuse)
     code, line = fails(COMMANDS[name], arguments(name, model, tmp_path / "out"), capsys)
     assert (code, line) == (1, f"error: {model}: Permission denied")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_do(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"error: there is not enough memory \(.+\): give a smaller --batch_size"):
+        run(main, needs_memory="give a smaller --batch_size")
+    with pytest.raises(RuntimeError, match="another"):
+        run(lambda: (_ for _ in ()).throw(RuntimeError("another")))

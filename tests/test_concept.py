@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import Concept, load_concept, save_concept
+from custom_diffusion.concept.prompts import class_words
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_whole
 from tests.conftest import flags, train
@@ -58,6 +59,17 @@ def state(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 def word(token: str, vector: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
     """The tokens of a concept of one word."""
     return {token: {"text_encoder": vector}}
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor"
+
+
+ONE_WORD = '[{"tokens": ["<new1>"], "classes": []}]'
+
+
+def words_as_bytes(text: str) -> torch.Tensor:
+    """How a weights file says at which words it acts."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -372,3 +384,45 @@ def test_a_token_never_becomes_a_path(token: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         save_concept(Concept({}, word(token, torch.ones(4))), tmp_path / "folder")
     assert not list(tmp_path.rglob("*"))
+
+
+# --- files of strangers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"lora_unet_mid.alpha": torch.tensor(4.0)},
+        {f"{LAYER}.to_k_custom_diffusion.weight": torch.tensor(4.0)},
+        {f"{LAYER}.to_k_custom_diffusion.weight": {"nested": torch.ones(2)}},
+        {f"{LAYER}.to_k_custom_diffusion.weight": "text"},
+        {f"{LAYER}.to_k_gated.foo.0": torch.ones(2, 2), "token_gate": words_as_bytes(ONE_WORD)},
+        {f"{LAYER}.to_k_gated.weight.0": torch.ones(2, 2), "token_gate": words_as_bytes("[" * 100_000)},
+        {7: torch.ones(2)},
+    ],
+)  # fmt: skip
+def test_a_weights_file_that_holds_something_else_is_named(content: dict[Any, Any], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / f"{WEIGHTS}.bin")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / WEIGHTS}.bin")):
+        load_concept(tmp_path)
+
+
+def test_a_token_file_with_a_name_that_no_token_may_have(trained: Path, tmp_path: Path) -> None:
+    vector = load_concept(trained).tokens["<new1>"]["text_encoder"]
+    save_file({"\x1b[31mred": vector}, tmp_path / "\x1b[31mred.safetensors")
+    with pytest.raises(UserError, match="unprintable character"):
+        load_concept(tmp_path)
+
+
+def test_class_words_of_a_card_are_text_and_no_command() -> None:
+    for prompt in (
+        "a <new1> cat $(touch x)",
+        "a <new1> cat`x`",
+        'a <new1> cat" x',
+        "a <new1> cat\x1b[31m",
+        "<new1> cat|x",
+    ):
+        assert class_words(Concept({}, {"<new1>": {}}, instance_prompt=prompt)) == {"<new1>": "cat"}
+    assert class_words(Concept({}, {"<new1>": {}}, instance_prompt="<new1> artist's brush")) == {
+        "<new1>": "artist's brush"
+    }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+import evaluate
 import export
 import infer
 import merge
@@ -66,7 +70,7 @@ def test_a_training_run_is_repeated_by_its_file(base_model: Path, images: Path, 
     ("content", "words"),
     [
         (NEEDED | {"learning_rat": 1}, "'learning_rat' is no flag; learning_rate?"),
-        (NEEDED | {"seed": "many"}, "--seed: invalid int value: 'many'"),
+        (NEEDED | {"seed": "many"}, "--seed: invalid whole number value: 'many'"),
         (NEEDED | {"freeze_model": "all"}, "--freeze_model: invalid choice: 'all'"),
         (NEEDED | {"seed": [1, 2]}, "'seed' takes one value"),
         (NEEDED | {"hflip": "perhaps"}, "'perhaps' is neither True nor False"),
@@ -119,3 +123,57 @@ def test_zero_is_a_default_like_others() -> None:
     for number, shown in enumerate(("0", "0.0", "True", "a 100%")):
         assert f"Help{number}. (default: {shown})" in text
     assert text.count("(default") == 4
+
+
+@pytest.mark.parametrize("command", [train_custom_diffusion, infer])
+def test_a_pipe_is_read_once_and_its_flags_stay(command: Any, tmp_path: Path) -> None:
+    """Commands parse their flags twice: before and after the libraries are loaded."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("seed: 3\n"), daemon=True)
+    writer.start()
+    argv = ["--config", str(pipe), "--pretrained_model_name_or_path", "x"]
+    argv += ["--prompt", "x"] if command is infer else ["--instance_data_dir", "x", "--instance_prompt", "x"]
+    assert [command.parse_args(argv).seed for _ in range(2)] == [3, 3]
+    writer.join()
+
+
+def test_prompts_may_come_through_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("a <new1> cat\n"), daemon=True)
+    writer.start()
+    assert [infer.parse_args(["--prompts_file", str(pipe)]).prompt for _ in range(2)] == [["a <new1> cat"]] * 2
+    writer.join()
+
+
+def test_a_date_that_no_calendar_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("output_dir: 2024-06-31\n")
+    with pytest.raises(SystemExit):
+        infer.parse_args(["--prompt", "x", "--config", str(tmp_path / "run.yaml")])
+    assert "is no valid YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "message"),
+    [
+        (infer, "seed", "-1", "is not between 0 and 2^32 - 1"),
+        (infer, "seed", str(2**64), "is not between 0 and 2^32 - 1"),
+        (infer, "num_inference_steps", "1000", "is not between 1 and 999"),
+        (infer, "guidance_scale", "nan", "is not a finite number"),
+        (infer, "scale", "inf", "is not a finite number"),
+        (infer, "eta", "1.5", "is not between 0 and 1"),
+        (evaluate, "guidance_scale", "1e400", "is not a finite number"),
+        (evaluate, "num_inference_steps", "0", "is not between 1 and 999"),
+        (train_custom_diffusion, "class_image_steps", "1001", "is not between 1 and 999"),
+        (train_custom_diffusion, "seed", str(2**32), "is not between 0 and 2^32 - 1"),
+        (retrieve, "aesthetic_weight", "nan", "is not a finite number"),
+        (retrieve, "timeout", "inf", "is not a finite number above 0"),
+    ],
+)
+def test_numbers_out_of_range(
+    command: Any, flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.parse_args([f"--{flag}={value}"])
+    assert f"--{flag}" in (errors := capsys.readouterr().err) and message in errors

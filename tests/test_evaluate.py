@@ -437,6 +437,38 @@ def test_a_result_that_is_no_checkpoint_is_evaluated_too(trained: Path, tmp_path
         find_checkpoints(tmp_path / "run")
 
 
+def test_a_result_in_half_precision_is_its_last_checkpoint(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    save_concept(load_concept(trained).to(torch.float16), tmp_path / "run")
+    assert list(find_checkpoints(tmp_path / "run")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_images_of_another_precision_are_not_measured(
+    trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path
+) -> None:
+    argv = argv_of(trained, images, tmp_path / "out", clip, "--no_controls")
+    evaluate.main([*argv, "--dtype=fp32"])
+    facts = json.loads((tmp_path / "out" / "evaluation.json").read_text())["facts"]
+    assert facts["sampling"]["dtype"] == "fp32"
+    with pytest.raises(UserError, match="made with dtype 'fp32' rather than 'bf16'"):
+        evaluate.main([*argv, "--dtype=bf16"])
+
+
+def test_a_list_of_prompts_names_files_beside_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("password")
+    (tmp_path / "set").mkdir()
+    for name in ("../secret.txt", str(tmp_path / "secret.txt")):
+        entries = [{"class_prompt": "cat", "prompt_filename": name}]
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps(entries))
+        with pytest.raises(UserError, match="which is not beside it: refused"):
+            read_prompts(str(tmp_path / "set" / "dataset.json"), ["cat"])
+
+
+def test_a_device_that_there_is_not(trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path) -> None:
+    with pytest.raises(UserError, match="--device 'toaster' cannot be used"):
+        evaluate.main(argv_of(trained, images, tmp_path / "out", clip, "--device=toaster"))
+
+
 # --- what can go wrong ---------------------------------------------------------------------------
 
 

@@ -447,3 +447,15 @@ def test_a_wrong_argument(argv: list[str], words: str, capsys: pytest.CaptureFix
 def test_another_base_model_is_refused(cat: Path, base_model_v: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the base model that it was trained on"):
         run("--model_dir", cat, "--table", "--pretrained_model_name_or_path", base_model_v)
+
+
+def test_a_pipeline_is_exported_into_the_folder_that_one_is_in(
+    cat: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    run("--model_dir", cat, "--format", "pipeline", "--output_dir", ".")
+    expected = ours(base_model, load_concept(cat))
+    assert np.abs(make_image(load(tmp_path / "new")) - expected).max() <= 2
+    assert not [path.name for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image
 from transformers import CLIPTokenizer
@@ -570,3 +571,58 @@ def test_broken_words_are_refused(cat: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(content, path)
     with pytest.raises(UserError, match="at which words"):
         load_concept(tmp_path)
+
+
+def test_class_words_that_never_follow_the_new_word_are_warned_of(
+    base_model: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(flags(base_model, images, tmp_path / "a", token_gate=True, class_prompt="toy cat"))
+    assert "'toy cat' never follows <new1> in the prompts, so only the new word itself is gated" in caplog.text
+    assert "give --class_prompt='cat'" in caplog.text
+    caplog.clear()
+    prepare(flags(base_model, images, tmp_path / "b", token_gate=True, class_prompt="cat"))
+    assert "never follows" not in caplog.text
+
+
+def test_words_within_words_and_folders_within_folders_are_told_apart(base_model: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "cats", 2)
+    draw_images(tmp_path / "cats" / "pots", 2)
+    entries = [
+        {"instance_prompt": f"photo of a {token}", "instance_data_dir": str(folder)}
+        for token, folder in (("newcat", tmp_path / "cats"), ("newcat2", tmp_path / "cats" / "pots"))
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    options = {"concepts_list": tmp_path / "list.json", "modifier_token": "newcat+newcat2", "instance_prompt": None}
+    run = prepare(flags(base_model, tmp_path, tmp_path / "out", token_gate=True, instance_data_dir=None, **options))
+    assert [one.tokens for one in run.module.gate.concepts] == [("newcat",), ("newcat2",)]
+
+
+@pytest.mark.parametrize("more", [{"token_gate": True}, {"rank": 2}])
+def test_another_base_model_of_the_same_name_is_not_resumed_on(
+    more: dict[str, Any], base_model: Path, images: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base_model, model)
+    train(flags(model, images, tmp_path / "out", max_train_steps=1, checkpointing_steps=1, **more))
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    for parameter in unet.parameters():
+        parameter.data.mul_(1.5)
+    unet.save_pretrained(model / "unet")
+    rest = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="another base model of the same name, whose weights are different"):
+        train(flags(model, images, tmp_path / "out", **rest, **more))
+
+
+def test_a_concept_that_cannot_be_applied_leaves_nothing_behind(
+    cat: Path, pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    hooks = [dict(module._forward_hooks) for module in pipeline.text_encoder.modules()]
+    buffers = [name for name, _ in pipeline.unet.named_buffers()]
+    monkeypatch.setattr("custom_diffusion.concept.applying.GatedUNet", fail)
+    with pytest.raises(MemoryError):
+        apply_concepts(pipeline, load_concept(cat))
+    assert [name for name, _ in pipeline.unet.named_buffers()] == buffers
+    assert [dict(module._forward_hooks) for module in pipeline.text_encoder.modules()] == hooks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from custom_diffusion.images import load_image, readable_images
+from custom_diffusion.images import contact_sheet, load_image, readable_images
+from custom_diffusion.report.thumbnails import Thumbnails
 from custom_diffusion.retrieval.checking import check_image
 from tests import colour_profiles as profiles
 
@@ -372,3 +374,43 @@ def test_what_is_no_image_is_one_error(content: bytes, tmp_path: Path) -> None:
         load_image(io.BytesIO(content))
     (tmp_path / "image.png").write_bytes(content)
     assert readable_images([tmp_path / "image.png", tmp_path / "none.png", tmp_path])[0] == []
+
+
+# --- what is no image ----------------------------------------------------------------------------
+
+
+def test_postscript_is_never_handed_to_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object) -> None:
+        raise AssertionError("Ghostscript would run a stranger's program")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    assert readable_images([tmp_path / "a.jpg"]) == ([], [tmp_path / "a.jpg"])
+    with pytest.raises(OSError):
+        load_image(tmp_path / "a.jpg")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+    paths = [tmp_path / "pipe.jpg", tmp_path / "zeros.jpg"]
+    assert readable_images(paths) == ([], paths)
+
+
+def test_of_a_large_file_that_is_no_image_only_the_beginning_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = tmp_path / "film.mp4"
+    with film.open("wb") as file:
+        file.write(b"\0\0\0\x20ftypisom")
+        file.truncate(2**40)  # a hole that takes no room
+    assert readable_images([film]) == ([], [film])
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+def test_however_long_an_image_is_it_keeps_a_pixel(size: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "long.png"
+    Image.new("RGB", size, "red").save(path)
+    assert Thumbnails(10**6).element(path, "long").startswith("<img")
+    assert contact_sheet([[path]]).size == (256, 256)

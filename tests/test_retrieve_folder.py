@@ -135,3 +135,26 @@ def test_reading_the_lists_needs_no_torch():
     code = "import sys, custom_diffusion.data.class_lists as lists; print('torch' in sys.modules, bool(lists))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True)
     assert done.stdout == "False True\n"
+
+
+def test_captions_that_someone_has_edited_stay(tmp_path, web):
+    serve_good(web, 4)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images"]
+    run(tmp_path, *arguments, 3)
+    captions = (tmp_path / "cats/caption.txt").read_text().splitlines()
+    captions[1] = "my own words about a cat"
+    (tmp_path / "cats/caption.txt").write_text("\n".join(captions) + "\n")
+    for count in (3, 4):  # nothing to do, and one more
+        assert run(tmp_path, *arguments, count).returncode == 0
+        assert lists(tmp_path / "cats")[0][:3] == captions
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path, web):
+    serve_good(web, 1)
+    (tmp_path / "cats/images").mkdir(parents=True)
+    others = [tmp_path / "cats/.editor.tmp", tmp_path / "cats/images/.download.part"]
+    for path in others:
+        path.write_text("mine")
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images", 1]
+    run(tmp_path, *arguments)
+    assert all(path.read_text() == "mine" for path in others)

@@ -331,3 +331,20 @@ def test_images_that_were_deleted_are_counted_when_they_are_found_again(tmp_path
     (tmp_path / "out_mine/images/1.jpg").unlink()
     found, reasons = retrieve_all(tmp_path, "mine")
     assert len(found) == 2 and reasons == {"deleted from images/ before": 1}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_whose_headers_are_no_numbers_is_broken_and_no_more(tmp_path, nested):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "0.jpg", jpeg(0))
+        sparse = tarfile.TarInfo("1.jpg")
+        sparse.pax_headers = {"GNU.sparse.map": "x", "GNU.sparse.size": "10"}
+        archive.addfile(sparse)
+    name = "mine/x.tar" if nested else "x.tar"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(file.getvalue())
+    path = "mine" if nested else "x.tar"
+    result = run(tmp_path, "--class_prompt", "cat", "--path", path, "--num_class_images", 1, "--words", "")
+    assert "Traceback" not in result.stderr
+    assert "broken tar" in result.stderr + result.stdout or result.returncode == 0

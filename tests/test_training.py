@@ -485,3 +485,96 @@ def test_a_result_in_half_precision_takes_half_and_opens_everywhere(
     assert load_concept(tmp_path / "weighed").attention.keys() == load_concept(tmp_path / "half").attention.keys()
     for form in ("lora", "delta", "pipeline"):
         export.main(["--model_dir", str(tmp_path / "half"), "--format", form, "--output_dir", str(tmp_path / form)])
+
+
+# --- what an output folder holds ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "image_0.png", "pytorch_custom_diffusion_weights.bin"])
+def test_what_no_training_has_left_is_not_replaced(
+    name: str, base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{re.escape(name)}' is there already, and no training .*--overwrite"):
+        train_here(flags(base_model, images, tmp_path, max_train_steps=1))
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_flags_may_come_from_a_file_in_the_output_folder(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    train_here(flags(base_model, images, tmp_path, max_train_steps=1, config=tmp_path / "config.yaml"))
+    assert "seed: 7" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_an_output_folder_that_is_none(
+    folder: str, base_model: Path, images: Path, tmp_path: Path, train_here: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--output_dir (is empty|'images' is a folder of images too)"):
+        train_here([*flags(base_model, tmp_path / "images", Path("x"), max_train_steps=1), f"--output_dir={folder}"])
+    assert len(list((tmp_path / "images").iterdir())) == len(list(images.iterdir()))
+
+
+def test_overwriting_leaves_no_word_of_the_run_before(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    options = {"max_train_steps": 1, "checkpointing_steps": 1}
+    train_here(flags(base_model, images, tmp_path, **options))
+    (tmp_path / "notes.bin").write_bytes((tmp_path / "<new1>.bin").read_bytes())  # another name: no token's file
+    more = {"modifier_token": "<new2>", "instance_prompt": "photo of a <new2> cat", "overwrite": True}
+    train_here(flags(base_model, images, tmp_path, **(options | more)))
+    assert list(load_concept(tmp_path).tokens) == ["<new2>"]
+    assert (tmp_path / "notes.bin").exists()
+
+
+def test_what_refuses_a_run_refuses_before_anything_is_overwritten(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(flags(base_model, images, tmp_path, max_train_steps=1, checkpointing_steps=1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(*_: object) -> None:
+        raise UserError("the Hub refuses the token")
+
+    monkeypatch.setattr("custom_diffusion.training.run.create_hub_repository", refuse)
+    with pytest.raises(UserError, match="the Hub refuses"):
+        train_here(flags(base_model, images, tmp_path, seed=43, overwrite=True, push_to_hub=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    train_here(flags(base_model, images, out, max_train_steps=1, **options))
+    (out / "checkpoint-1").rename(elsewhere)
+    (out / "checkpoint-1").symlink_to(elsewhere)
+    train_here(flags(base_model, images, out, max_train_steps=2, resume_from_checkpoint="latest", **options))
+    assert checkpoints(out) == ["checkpoint-2"]
+    assert (elsewhere / "README.md").exists(), "only the link is removed"
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda state: shutil.rmtree(state), r"checkpoint-2' cannot be continued, as it has no training_state: resume from "
+                                         "checkpoint-1, or start afresh"),
+    (lambda state: (state / "optimizer.bin").write_bytes(b"x"), r"training_state' cannot be read \(.+\): resume from "
+                                                                "checkpoint-1, or start afresh"),
+])  # fmt: skip
+def test_a_checkpoint_without_its_state_is_named_and_the_others_too(
+    damage: Callable[[Path], object], message: str, base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(flags(base_model, images, tmp_path, max_train_steps=2, checkpointing_steps=1))
+    damage(tmp_path / "checkpoint-2" / "training_state")
+    with pytest.raises(UserError, match=message):
+        train_here(flags(base_model, images, tmp_path, max_train_steps=3, resume_from_checkpoint="latest"))
+
+
+def test_more_steps_than_anyone_waits_for(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    with pytest.raises(UserError, match="are more than 1000000: give a smaller --max_train_steps"):
+        train_here(flags(base_model, images, tmp_path, max_train_steps=10**20))

@@ -178,13 +178,19 @@ def _gate(
     first, (tokenizers, text_encoders) = family.text_encoders[0].name, text_models_of(family, pipeline)
     gate_of_all = TokenGate(tokenizers[first], [gate.words for gate, _ in gates])
     texts = ReadTexts(gate_of_all, text_encoders[first])
-    layers = []
-    for number, (gate, _) in enumerate(gates):
-        for key, change in gate.whole().items():
-            parameter, module, name = projections[key].parameter, projections[key].linear, f"gated_change_{number}"
-            module.register_buffer(name, change.to(parameter.device, parameter.dtype), persistent=False)
-            layers.append((module, name, number))
-    return GatedUNet(unet, texts, layers, [scale for _, scale in gates])
+    layers: list[tuple[Any, str, int]] = []
+    try:
+        for number, (gate, _) in enumerate(gates):
+            for key, change in gate.whole().items():
+                parameter, module, name = projections[key].parameter, projections[key].linear, f"gated_change_{number}"
+                module.register_buffer(name, change.to(parameter.device, parameter.dtype), persistent=False)
+                layers.append((module, name, number))
+        return GatedUNet(unet, texts, layers, [scale for _, scale in gates])
+    except BaseException:  # such as a GPU without memory for the changes
+        texts.remove()
+        for module, name, _ in layers:
+            delattr(module, name)
+        raise
 
 
 def check_tokens(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -220,17 +219,15 @@ def export_pipeline(concept: Concept, base_model: BaseModel, args: argparse.Name
     """Write the whole base model with the concept built in, in diffusers' layout."""
     pipeline = base_model.pipeline(DTYPES[args.dtype or "fp32"])
     apply_concepts(pipeline, concept)
-    # Whole or not at all: it gets its name when it is complete.
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Whole or not at all: the parts get their names when all are complete, and the one that makes it a model, last.
+    temporary = folder / ".half-written-pipeline.tmp"
     try:
         pipeline.save_pretrained(temporary)
-        folder.rmdir()
-        temporary.rename(folder)
+        for part in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
+            part.rename(folder / part.name)
+        temporary.rmdir()
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{str(folder)!r} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f'{folder}: DiffusionPipeline.from_pretrained("{folder}") knows {", ".join(concept.tokens)}')
 
 

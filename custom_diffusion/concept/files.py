@@ -200,6 +200,18 @@ def save_concept(
     return written
 
 
+def remove_concept(folder: Path) -> None:
+    """Remove the weights and tokens that :func:`load_concept` would read in a folder; its other files stay.
+
+    Raises:
+        UserError: for a damaged file, which may be a token's.
+    """
+    for ending in (".safetensors", ".bin"):
+        for stem, path in _weight_files(folder, (ending,)).items():
+            if stem == WEIGHTS_STEM or _vectors_of_token(path, stem, _read_tensors(path)):
+                path.unlink()
+
+
 def load_concept(source: str | os.PathLike) -> Concept:
     """Read a concept from a folder, a training checkpoint, the authors' ``delta.bin`` or a Hub repository.
 
@@ -247,8 +259,7 @@ def _read_own_files(
     for stem, path in files.items():
         content = _read_tensors(path)
         if stem == WEIGHTS_STEM:
-            # Empty entries stand for processors that were not trained.
-            content = {key: value for key, value in content.items() if len(value) > 0}
+            content = _trained_entries(path, content)
             try:
                 gates = gates_of(content)
                 differences = low_rank_of(content)
@@ -259,8 +270,18 @@ def _read_own_files(
             if foreign is not None:
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif vectors := _vectors_of_token(path, stem, content):
+            check_token_name(stem)
             tokens[stem] = vectors
     return attention, differences, tokens, gates
+
+
+def _trained_entries(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The content of a weights file without the empty entries, which stand for processors that were not trained."""
+    for key, value in content.items():
+        is_entry = value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, dict) and not value
+        if not is_entry:
+            raise UserError(f"{path} is no Custom Diffusion file: it holds {key!r}")
+    return {key: value for key, value in content.items() if len(value) > 0}
 
 
 def vectors_by_key(token: str, vectors: Mapping[str, Tensor]) -> dict[str | None, Tensor]:
@@ -385,10 +406,10 @@ def _local_path(source: str) -> Path:
     return folder
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Stem to file for every tensor file at the top of ``folder``, safetensors before ``.bin``."""
+def _weight_files(folder: Path, endings: Sequence[str] = (".safetensors", ".bin")) -> dict[str, Path]:
+    """Stem to file for every tensor file at the top of ``folder``, of several the one with the first ending."""
     files: dict[str, Path] = {}
-    for ending in (".safetensors", ".bin"):
+    for ending in endings:
         for path in sorted(folder.glob(f"*{ending}")):
             if not path.name.startswith("."):
                 files.setdefault(path.name.removesuffix(ending), path)
@@ -405,7 +426,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise UserError(f"{path} holds more than tensors and could run code when read: refused") from error
         raise UserError(f"{path} cannot be read: it is damaged or no weights file") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} cannot be read: it holds no table of weights")
     return content
 

@@ -116,7 +116,7 @@ def gates_of(content: dict[str, Tensor]) -> tuple[GatedWeights, ...]:
             GatedWords(tuple(entry["tokens"]), tuple(entry["classes"]))
             for entry in json.loads(bytes(content.pop(GATE_NAME).tolist()))
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError("does not say at which words its gated weights act") from error
     if not all(one.tokens and all(isinstance(text, str) for text in one.tokens + one.classes) for one in words):
         raise ValueError("does not say at which words its gated weights act")
@@ -126,7 +126,7 @@ def gates_of(content: dict[str, Tensor]) -> tuple[GatedWeights, ...]:
     for number, one in enumerate(words):
         factors = low_rank_of(parts[number])
         changes = {key: value for key, value in parts[number].items() if "_custom_diffusion." in key}
-        if not all(isinstance(value, Tensor) and value.dim() == 2 for value in changes.values()):
+        if not all(key.endswith(".weight") and value.dim() == 2 for key, value in changes.items()):
             raise ValueError("has gated weights that are no matrices")
         gates.append(GatedWeights(one, changes, factors))
     return tuple(gates)

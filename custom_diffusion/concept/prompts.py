@@ -9,9 +9,8 @@ from custom_diffusion.concept.files import Concept
 
 # Before the prompts of images that the augmentation made much smaller, or larger (paper, appendix; the example).
 SMALL_WORDS = ("a far away ", "very small ")
-
-
 LARGE_WORDS = ("zoomed in ", "close up ")
+_CLASS = r"\s+([^,.;:!?<>\"`$\\|&(){}\[\]\x00-\x1f\x7f-\x9f]+)"
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
@@ -30,11 +29,12 @@ def any_of(words: Iterable[str]) -> str:
 def class_words(concept: Concept) -> dict[str, str]:
     """Modifier token to the words that follow it in the instance prompts of the card: its class, ``cat``.
 
-    Tokens that no prompt of the card has are left out.
+    Tokens that no prompt of the card has are left out. Cards come from anyone, and these words go into commands and
+    prompts: they end at punctuation, and at what a shell or a terminal would not take for text.
     """
     words = {}
     for token in concept.tokens:
-        match = re.search(re.escape(token) + r"\s+([^,.;:!?<]+)", concept.instance_prompt or "", re.IGNORECASE)
+        match = re.search(re.escape(token) + _CLASS, concept.instance_prompt or "", re.IGNORECASE)
         if match is not None:
             words[token] = match[1].strip()
     return words

@@ -73,7 +73,7 @@ def _read_metadata(path: Path) -> list[tuple[str, str]]:
             rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from error
     pairs = []
     for number, row in enumerate(rows, 1):

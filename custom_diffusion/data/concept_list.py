@@ -85,7 +85,8 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
     for number, entry in enumerate(entries, 1):
         for key in needed:
             if not isinstance(entry.get(key), str) or not entry[key]:
-                raise UserError(f"{args.concepts_list}: concept {number} has no text for {key!r}")
+                where = f"{args.concepts_list}: concept {number} has no text for {key!r}"
+                raise UserError(f"--{key} is empty" if args.concepts_list is None else where)
             if not entry[key].isprintable():
                 raise UserError(f"{key} {entry[key]!r} holds line breaks or unprintable characters")
         concept = ConceptEntry(**{key: entry[key] for key in needed}, validation_data_dir=_validation_folder(entry))
@@ -93,9 +94,18 @@ def read_concepts(args: argparse.Namespace) -> list[ConceptEntry]:
         if getattr(args, "token_gate", False) and isinstance(class_prompt, str):
             concept = replace(concept, class_prompt=class_prompt)
         concepts.append(replace(concept, instance_folder=_instance_folder(concept.instance_data_dir)))
+    _check_apart(concepts, getattr(args, "output_dir", None))
     if args.with_prior_preservation and not args.real_prior:
         check_class_folders([concept.class_folder for concept in concepts])
     return concepts
+
+
+def _check_apart(concepts: Sequence[ConceptEntry], output_dir: str | None) -> None:
+    """Refuse an output folder that holds the images: files of the same names would be replaced."""
+    for concept in concepts:
+        for folder in (concept.instance_folder, concept.validation_data_dir, concept.class_data_dir):
+            if output_dir and folder and Path(folder).resolve() == Path(output_dir).resolve():
+                raise UserError(f"--output_dir {output_dir!r} is a folder of images too: give another --output_dir")
 
 
 def _validation_folder(entry: dict[str, Any]) -> str:

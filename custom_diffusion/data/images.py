@@ -67,10 +67,13 @@ def find_cutmix_images(folder: str | None) -> list[tuple[Path, str]]:
     """
     if folder is None:
         return []
-    images = find_images(Path(folder), LeftOut()) if Path(folder).is_dir() else []
+    left_out = LeftOut()
+    images = find_images(Path(folder), left_out) if Path(folder).is_dir() else []
     if not images:
         raise UserError(f"there is no readable image in {folder!r} (--cutmix_data_dir)")
-    captions, _ = find_captions(Path(folder), images)
+    captions, unused = find_captions(Path(folder), images)
+    left_out.add("texts of no image", unused)
+    left_out.say()
     without = [path for path in images if not captions.get(path)]
     if without:
         raise UserError(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, C
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import is_hub_id
 from custom_diffusion.images import load_image
+from custom_diffusion.models.drawing import put_on
 from custom_diffusion.text import first_line
 
 # DINO's evaluation, which CustomConcept101 uses: the shorter side becomes 256, and the middle 224 x 224 are seen.
@@ -44,7 +45,7 @@ class ImageEncoder:
         self.flag, self.name, self.device, self.batch_size = flag, name, device, batch_size
         config = self._load(AutoConfig.from_pretrained)
         self._check(config)
-        self.model: Any = self._load_model().eval().requires_grad_(False).to(device)
+        self.model: Any = put_on(self._load_model().eval().requires_grad_(False), device)
         if getattr(self.model, "main_input_name", None) != "pixel_values" and not isinstance(self.model, CLIPModel):
             raise UserError(f"{flag} {name!r} is a {config.model_type} model, which takes no images: {self._advice()}")
         processor = self._load(AutoImageProcessor.from_pretrained)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from custom_diffusion.concept.checkpoint_folders import list_checkpoints
 from custom_diffusion.concept.files import WEIGHTS_STEM, Concept, load_concept
 from custom_diffusion.concept.prompts import class_words
 from custom_diffusion.errors import UserError
 from custom_diffusion.evaluation.choosing import IMAGE, KID, SPREAD, TEXT, choose
-from custom_diffusion.evaluation.generating import SAMPLING, Studio, digest_of_concept, jobs_of
+from custom_diffusion.evaluation.generating import Studio, digest_of_concept, jobs_of
 from custom_diffusion.evaluation.layouts import find_generated
 from custom_diffusion.evaluation.measuring import (
     FeatureCache,
@@ -109,8 +111,7 @@ def evaluate_concept(args: argparse.Namespace) -> Evaluation:
     measures = ruler.text(images, control)
     measures += ruler.image(images, subject.targets, control)
     measures += measure_kid(args, studio, ruler, subject, concept, folder)
-    facts = describe_facts(args, ruler, subject.prompts, len(images))
-    return Evaluation(args.model_dir, measures, {"base model": studio.base_model.name, **facts})
+    return Evaluation(args.model_dir, measures, describe_facts(args, ruler, subject.prompts, len(images), studio))
 
 
 def measure_kid(
@@ -150,7 +151,7 @@ def evaluate_checkpoints(args: argparse.Namespace) -> Evaluation:
         measures = ruler.text(images) + ruler.image(images, subject.targets)
         measures += measure_kid(args, studio, ruler, subject, concept, folder)
         rows.append({"checkpoint": name, **row_of(measures, encoders.all()[0].name)})
-    facts = {"base model": studio.base_model.name, **describe_facts(args, ruler, subject.prompts, len(jobs))}
+    facts = describe_facts(args, ruler, subject.prompts, len(jobs), studio)
     facts["compared by"] = encoders.all()[0].name
     return Evaluation(args.model_dir, [], facts, rows, choose(rows, args.margin))
 
@@ -169,7 +170,9 @@ def find_checkpoints(folder: Path) -> dict[str, Concept]:
         )
     if any(folder.glob(f"{WEIGHTS_STEM}.*")):
         result = load_concept(folder)
-        if digest_of_concept(result) not in map(digest_of_concept, concepts.values()):
+        # Its weights may have been saved in fp16, those of checkpoints never are.
+        saved = [one for concept in concepts.values() for one in (concept, concept.to(torch.float16))]
+        if digest_of_concept(result) not in map(digest_of_concept, saved):
             concepts["result"] = result
     return concepts
 
@@ -208,16 +211,18 @@ def evaluate_images(args: argparse.Namespace) -> Evaluation:
     ruler = Ruler(encoders, words_of(args.modifier_token) or None, FeatureCache())
     measures = ruler.text(images) + ruler.image(images, [Path(folder) for folder in args.instance_data_dir])
     prompts = sorted({image.prompt for image in images})
-    return Evaluation(args.images_dir, measures, describe_facts(args, ruler, prompts, len(images), made_here=False))
+    return Evaluation(args.images_dir, measures, describe_facts(args, ruler, prompts, len(images)))
 
 
 def describe_facts(
-    args: argparse.Namespace, ruler: Ruler, prompts: Sequence[str], count: int, made_here: bool = True
-) -> Mapping[str, Any]:
-    """All that the numbers depend on."""
+    args: argparse.Namespace, ruler: Ruler, prompts: Sequence[str], count: int, studio: Studio | None = None
+) -> dict[str, Any]:
+    """All that the numbers depend on; ``studio`` has made the images, if they were made here."""
     facts: dict[str, Any] = {"images": count, "prompts": len(prompts)}
-    if made_here:
-        facts["sampling"] = {name: getattr(args, name) for name in (*SAMPLING, "seed", "num_images")}
+    if studio is not None:
+        sampling = {name: value for name, value in studio.sampling().items() if value is not None}
+        facts = {"base model": sampling.pop("base_model")} | facts
+        facts["sampling"] = sampling | {"seed": args.seed, "num_images": args.num_images}
     facts["encoders"] = [encoder.name for encoder in ruler.encoders.all()]
     facts["text alignment"] = "CLIPScore, 2.5 x max(cosine, 0), as in CustomConcept101"
     facts["image alignment"] = "mean of all pairwise cosines with the real images"

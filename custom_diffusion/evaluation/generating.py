@@ -24,7 +24,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.evaluation.layouts import GeneratedImage, metadata_of
 from custom_diffusion.files import remove_half_written, write_bytes
 from custom_diffusion.images import load_image, write_generated
-from custom_diffusion.models.drawing import load_to_draw, put_on
+from custom_diffusion.models.drawing import load_to_draw, put_on, usual_precision
 from custom_diffusion.models.families import family_of, text_models_of
 from custom_diffusion.models.vocabulary import embedding_table
 from custom_diffusion.text import slug
@@ -74,6 +74,16 @@ class Studio:
         pipeline.set_progress_bar_config(disable=True)
         return put_on(pipeline, self.device)
 
+    def sampling(self) -> dict[str, Any]:
+        """What decides how an image looks, beside its prompt, its seed and the concept."""
+        model = self.base_model
+        return {
+            **{name: getattr(self.args, name) for name in SAMPLING},
+            "base_model": model.name,
+            "dtype": self.args.dtype or usual_precision(self.device),
+            **{"revision": model.revision, "tokenizer": model.tokenizer, "vae": model.other_vae},
+        }
+
     def untrained(self, tokens: Sequence[str], initializers: Sequence[str]) -> Concept:
         """The control: the tokens as training starts them, and the base model's own attention.
 
@@ -111,8 +121,7 @@ class Studio:
         Raises:
             UserError: where the folder holds images that were made otherwise, and as loading and applying do.
         """
-        settings = {name: getattr(self.args, name) for name in SAMPLING}
-        settings |= {"base_model": self.base_model.name, "concept": digest_of_concept(concept)}
+        settings = self.sampling() | {"concept": digest_of_concept(concept)}
         samples = folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         remove_half_written(samples)
@@ -181,10 +190,11 @@ def _check_settings(folder: Path, wanted: Sequence[Path], settings: Mapping[str,
             others = json.loads(metadata_of(path).get("settings", "{}"))
         except (OSError, ValueError) as error:
             raise UserError(f"{str(path)!r} is damaged: remove it") from error
-        different = [name for name in settings if others.get(name) != settings[name]]
+        # Earlier versions did not write all of them.
+        different = [name for name in settings if name in others and others[name] != settings[name]]
         if different:
             name = different[0]
             raise UserError(
-                f"{str(folder)!r} holds images made with {name} {others.get(name)!r} rather than {settings[name]!r}: "
+                f"{str(folder)!r} holds images made with {name} {others[name]!r} rather than {settings[name]!r}: "
                 f"{advice}"
             )

@@ -6,11 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import read_text
-from custom_diffusion.images import readable_images
+from custom_diffusion.images import open_image, readable_images
+from custom_diffusion.text import first_line
 
 CONTACT_SHEET = "contact_sheet.png"
 _ENDINGS = (".png", ".jpg", ".jpeg", ".tiff", ".webp")
@@ -91,7 +90,10 @@ def _dreambench(folder: Path) -> list[GeneratedImage]:
             text = folder / "text" / subject.name / f"{path.stem}.txt"
             if not text.is_file():
                 raise UserError(f"{str(path)!r} has no prompt: there is no {str(text)!r}")
-            found.append(GeneratedImage(path, read_text(text).strip(), targets))
+            try:
+                found.append(GeneratedImage(path, read_text(text).strip(), targets))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{str(text)!r} is not UTF-8: save it as that") from error
     return found
 
 
@@ -106,6 +108,13 @@ def _prompt_in(path: Path) -> str:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The texts in a PNG's metadata; none for other files."""
-    with Image.open(path) as image:
-        return dict(getattr(image, "text", {}))
+    """The texts in a PNG's metadata; none for other files.
+
+    Raises:
+        UserError: for texts that cannot be read.
+    """
+    try:
+        with open_image(path) as image:
+            return dict(getattr(image, "text", {}))
+    except Exception as error:  # Pillow raises nearly anything
+        raise UserError(f"the metadata of {str(path)!r} cannot be read: {first_line(error)}") from error

@@ -45,7 +45,11 @@ def read_prompts(path: str, classes: Sequence[str]) -> list[str]:
         if Path(path).suffix != ".json":
             prompts = _lines(Path(path))
         else:
-            prompts = _lines(Path(path).parent / _file_of_dataset(path, classes))
+            beside = Path(path).resolve().parent
+            named = (beside / _file_of_dataset(path, classes)).resolve()
+            if not named.is_relative_to(beside):
+                raise UserError(f"--prompts_file {path!r} names {str(named)!r}, which is not beside it: refused")
+            prompts = _lines(named)
     except OSError as error:
         raise UserError(f"--prompts_file: {error.filename!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

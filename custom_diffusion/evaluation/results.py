@@ -120,5 +120,5 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         OSError: where one cannot be written.
     """
     content = json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False)
-    write_bytes(folder / JSON_NAME, content.encode())
-    write_bytes(folder / TABLE_NAME, evaluation.as_markdown().encode())
+    write_bytes(folder / JSON_NAME, content.encode(errors="backslashreplace"))
+    write_bytes(folder / TABLE_NAME, evaluation.as_markdown().encode(errors="backslashreplace"))

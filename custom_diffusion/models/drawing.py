@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import computes_bf16
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.samplers import load_sampler
 from custom_diffusion.text import first_line
+
+Placeable = TypeVar("Placeable", DiffusionPipeline, nn.Module)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # In channels of the UNet's widest block. Below it a pass has little arithmetic and many operations, which take longer
@@ -72,14 +74,14 @@ def load_to_draw(
     return pipeline
 
 
-def put_on(pipeline: DiffusionPipeline, device: str) -> DiffusionPipeline:
-    """The pipeline on the device of ``--device``.
+def put_on(part: Placeable, device: str) -> Placeable:
+    """A pipeline or a model on the device of ``--device``.
 
     Raises:
         UserError: where it cannot be used.
     """
     try:
-        return pipeline.to(device)
+        return part.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device!r} cannot be used: {first_line(error)}") from error
 

@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path | None:
     if log is None:
         return None
     evaluations = [found for path in EVALUATIONS if (found := _read(folder / path)) is not None]
-    write_bytes(folder / REPORT_NAME, render(folder, log, evaluations).encode())
+    write_bytes(folder / REPORT_NAME, render(folder, log, evaluations).encode(errors="backslashreplace"))
     return folder / REPORT_NAME
 
 

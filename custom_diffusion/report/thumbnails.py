@@ -6,9 +6,9 @@ import base64
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from custom_diffusion.images import load_image
+from custom_diffusion.images import contained, load_image
 
 # Longest side in pixels and JPEG quality; the first that is small enough is taken.
 SIZES = ((192, 82), (128, 70), (96, 60))
@@ -36,7 +36,7 @@ class Thumbnails:
         except (OSError, Image.DecompressionBombError):
             return ""
         for side, quality in SIZES:
-            small = ImageOps.contain(image, (side, side))
+            small = contained(image, side)
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=quality)
             content = base64.b64encode(buffer.getvalue()).decode()

@@ -91,7 +91,7 @@ def opened_tar(file: IO[bytes], name: str) -> Iterator[Contents]:
         try:
             tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:", ignore_zeros=True))
             _read_headers(tar, file, contents)
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, ValueError) as error:  # a header's own numbers may be no numbers
             contents.damage = contents.damage or str(error)
         yield contents
 
@@ -128,7 +128,7 @@ def _read_headers(tar: tarfile.TarFile, file: IO[bytes], contents: Contents) -> 
             if parts in found and not found[parts].isdir():
                 contents.replaced.append(_member(tar, found[parts], found))
             found[parts] = info
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:
         contents.damage = contents.damage or str(error)
     if not contents.damage and _holds_data(file, end, None):
         contents.damage = "something after its last file is no file"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-from custom_diffusion.images import load_image, open_image
+from custom_diffusion.images import load_image, open_damaged_image
 from custom_diffusion.retrieval.fingerprints import Fingerprint
 from custom_diffusion.retrieval.sources import Refused
 
@@ -49,7 +49,7 @@ def check_image(data: bytes, min_size: int, max_size: int, max_pixels: float) ->
         Refused: with the reason.
     """
     try:
-        with open_image(data, _known_formats()) as opened:
+        with open_damaged_image(data, _known_formats()) as opened:
             width, height = opened.size
             is_jpeg = opened.format in ("JPEG", "MPO")
         if width * height > max_pixels:

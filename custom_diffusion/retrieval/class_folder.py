@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from custom_diffusion.data.class_lists import LISTS, lines_of, without_blank_end, write_lists
+from custom_diffusion.data.class_lists import LISTS, lines_of, read_lists, without_blank_end, write_lists
 from custom_diffusion.errors import UserError
+from custom_diffusion.files import remove_half_written
 from custom_diffusion.images import contact_sheet, load_image, write_image
 from custom_diffusion.retrieval.checking import CheckedImage
 from custom_diffusion.retrieval.fingerprints import Fingerprint, SeenImages
@@ -32,9 +33,9 @@ class ClassFolder:
     """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
 
     ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
-    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it. An image is written
-    under a hidden name first, then its line, and then it gets its name: whenever a run is killed, the next one knows
-    what to finish.
+    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it, but for captions that
+    someone has edited. An image is written under a hidden name first, then its line, and then it gets its name:
+    whenever a run is killed, the next one knows what to finish.
 
     Args:
         path: the folder; made if it is not there.
@@ -60,6 +61,7 @@ class ClassFolder:
         try:
             self.records = self._read()
             self._finish_interrupted()
+            self._take_edited_captions()
             if not self.records:
                 self._adopt()
         except BaseException:
@@ -212,8 +214,21 @@ class ClassFolder:
         for record in self.records:
             if self._hidden(record).is_file() and not self._image(record).exists():
                 self._hidden(record).rename(self._image(record))
-        for leftover in (*self.images_path.glob(".*.part"), *self.path.glob(".*.tmp")):
-            leftover.unlink()
+        # By our own names alone: whose folder it is, is not known yet.
+        for leftover in self.images_path.glob(".*.part"):
+            if re.fullmatch(r"\.\d{1,9}\.\w{1,5}\.part", leftover.name):
+                leftover.unlink()
+        remove_half_written(self.path)
+
+    def _take_edited_captions(self) -> None:
+        """What someone has written into the list of captions stands, rather than what was retrieved."""
+        try:
+            listed = read_lists(self.path, "")
+        except UserError:  # not there, or no longer line by line about the same images
+            return
+        captions = {path.name: one_line(caption) for path, caption in listed}
+        for record in self.records:
+            record["caption"] = captions.get(record["file"], record["caption"])
 
     def _adopt(self) -> None:
         """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""

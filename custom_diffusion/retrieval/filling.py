@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +94,7 @@ def _downloader(source: Source, args: argparse.Namespace) -> Downloader:
     return Downloader(
         user_agent(args.contact),
         args.timeout,
-        int(args.max_megabytes * 2**20),
+        int(min(args.max_megabytes * 2**20, sys.maxsize)),
         [*source.hosts, *args.private_host],
         source.per_host,
         source.limits,

@@ -181,7 +181,7 @@ class LocalFiles(Source):
                     warn(f"{file.origin()} is a broken tar: {one_line(damage)}")
             elif is_image or (not file.has_ending(*_TEXT_ENDINGS) and looks_like_image(file.read(_HEAD))):
                 yield from self._of_image(file, captions, words)
-        except (OSError, EOFError, tarfile.TarError):
+        except (OSError, EOFError, ValueError, tarfile.TarError):
             self.left_out["cannot be read"] += 1
 
     # --- images and their captions ---------------------------------------------------------------

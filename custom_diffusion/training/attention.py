@@ -219,7 +219,10 @@ class LowRankChange(nn.Module):
         self.scale = alpha / rank
         self.down = nn.Linear(linear.in_features, rank, bias=False, device=device)
         self.up = nn.Linear(rank, linear.out_features, bias=False, device=device)
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=generator)
+        # On the CPU, where the generator is: the same values on every device.
+        start = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            self.down.weight.copy_(start)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
+from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
-from custom_diffusion.concept.files import WEIGHTS_STEM
+from custom_diffusion.concept.files import CARD_NAME, WEIGHTS_STEM, remove_concept
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import remove_half_written
+from custom_diffusion.files import remove_half_written, remove_tree
 from custom_diffusion.text import first_line
 from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 
@@ -27,11 +27,11 @@ def remove_leftovers(output_dir: Path) -> None:
     for aside in output_dir.glob(".checkpoint-*.old"):
         checkpoint = output_dir / aside.name.removeprefix(".").removesuffix(".old")
         if checkpoint.exists():
-            shutil.rmtree(aside)
+            remove_tree(aside)
         else:
             aside.rename(checkpoint)
     for half in output_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(half)
+        remove_tree(half)
     remove_half_written(output_dir)
 
 
@@ -43,7 +43,7 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
         name: a checkpoint in it, or ``latest``, or None.
 
     Raises:
-        UserError: for a named checkpoint that is not there.
+        UserError: for a named checkpoint that is not there, and for one that holds the concept alone.
     """
     if name is None:
         return None
@@ -56,9 +56,20 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     wanted = present[-1].name if name == "latest" else Path(name).name
     for path in present:
         if path.name == wanted:
+            if not (path / STATE_NAME).is_dir():
+                raise UserError(
+                    f"{str(path)!r} cannot be continued, as it has no {STATE_NAME}: {other_checkpoints(path)}start "
+                    "afresh in another --output_dir or with --overwrite"
+                )
             return path
     there = ", ".join(path.name for path in present) or "none"
     raise UserError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
+
+
+def other_checkpoints(path: Path) -> str:
+    """Words about the checkpoints beside this one that can be continued; none where there are none."""
+    others = [one.name for one in list_checkpoints(path.parent) if one != path and (one / STATE_NAME).is_dir()]
+    return f"resume from {' or '.join(others)}, or " if others else ""
 
 
 def check_is_within(checkpoint: Path, total_steps: int) -> None:
@@ -88,7 +99,7 @@ def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
     if path.exists():
         path.rename(replaced)
     temporary.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove_tree(replaced)
     if limit is not None:
         # Only up to this step: later ones are of an earlier, longer run in the same folder.
         own = [older for older in list_checkpoints(path.parent) if checkpoint_step(older) <= checkpoint_step(path)]
@@ -99,9 +110,9 @@ def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint so that at no moment half of one has its name."""
     half = path.with_name(f".{path.name}.tmp")  # what a later run clears away
-    shutil.rmtree(half, ignore_errors=True)
+    remove_tree(half)
     path.rename(half)
-    shutil.rmtree(half)
+    remove_tree(half)
 
 
 def last_checkpoint(output_dir: Path) -> str:
@@ -133,36 +144,50 @@ def has_result(folder: Path) -> bool:
     return bool(list_checkpoints(folder)) or any(folder.glob(f"{WEIGHTS_STEM}.*"))
 
 
-def claim_output_dir(
+def check_output_dir(
     folder: Path,
     settings: dict[str, Any],
     checkpoint: Path | None,
     overwrite: bool,
     max_train_steps: int | None = None,
+    config: str | None = None,
 ) -> None:
-    """Make sure that the output folder holds this run or none, and leave the settings in it.
+    """Make sure that the output folder holds this run or none.
 
     A run that has come to no result leaves the folder to the next one.
 
     Args:
         checkpoint: what to continue from.
-        overwrite: remove the checkpoints of another run.
+        overwrite: another run may be there.
         max_train_steps: how far the run goes, where that is known.
+        config: the file with this run's flags, which may be in the folder.
 
     Raises:
-        UserError: where another run is there, or was checkpointed, or the checkpoint is beyond the run's end; nothing
-            of it is touched then.
+        UserError: where another run is there, or was checkpointed, or the checkpoint is beyond the run's end, or files
+            are there that no run has left and this one would replace.
     """
+    advice = "give another --output_dir, or --overwrite"
     if checkpoint is not None:
         path = checkpoint / STATE_NAME / SETTINGS_NAME
         check_settings(settings, path, RESUME_ADVICE)
         # One without settings may be of another run altogether, which its weights will show.
         if max_train_steps is not None and path.is_file():
             check_is_within(checkpoint, max_train_steps)
-    elif overwrite:
+    elif not overwrite and (folder / SETTINGS_NAME).is_file():
+        if has_result(folder):
+            check_settings(settings, folder / SETTINGS_NAME, advice)
+    elif not overwrite:
+        # A concept that was merged or downloaded, or the user's own files.
+        for pattern in ("checkpoint-*", f"{WEIGHTS_STEM}.*", CARD_NAME, CONFIG_NAME, "image_*.png"):
+            for path in folder.glob(pattern):
+                if config is None or path.resolve() != Path(config).resolve():
+                    raise UserError(f"{str(path)!r} is there already, and no training has left it: {advice}")
+
+
+def claim_output_dir(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Leave the settings in the output folder; with ``overwrite``, remove what another run has learned first."""
+    if overwrite:
         for path in list_checkpoints(folder):
             remove_checkpoint(path)
-    elif has_result(folder):
-        advice = "give another --output_dir, or --overwrite"
-        check_settings(settings, folder / SETTINGS_NAME, advice)
+        remove_concept(folder)
     write_settings(settings, folder)

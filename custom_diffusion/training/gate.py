@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from transformers import CLIPTokenizer
 
 from custom_diffusion.concept.gating import GatedWords, TokenGate, class_of, word_behind
@@ -32,13 +33,12 @@ def build_gate(
         UserError: for a concept without a modifier token, and for a token that two concepts share.
     """
     words: dict[str, GatedWords] = {}
+    tokenizer = next(iter(tokenizers.values()))
     for number, concept in enumerate(concepts, 1):
-        folder = concept.instance_folder.resolve()
-        prompts = [prompt for path, prompt in instance_images if folder in path.resolve().parents]
-        if len(concepts) == 1:
-            prompts = [prompt for _, prompt in instance_images]
+        prompts = [prompt for path, prompt in instance_images if path.parent == concept.instance_folder]
         prompts = list(dict.fromkeys([concept.instance_prompt, *prompts]))
-        own = tuple(token for token in tokens if any(token.lower() in prompt.lower() for prompt in prompts))
+        present = set[int]().union(*tokenizer(prompts, verbose=False).input_ids)
+        own = tuple(token for token in tokens if tokenizer.convert_tokens_to_ids(token) in present)
         if not own:
             raise UserError(
                 f"--token_gate: no prompt of concept {number} has a modifier token ({', '.join(tokens)}), so nothing "
@@ -48,10 +48,26 @@ def build_gate(
             if token in words:
                 raise UserError(f"--token_gate: two concepts have {token!r}; give each a modifier token of its own")
             words[token] = GatedWords(own, _classes(concept, prompts, own))
+        _warn_of_classes(words[own[0]], prompts, tokenizer)
     gates = list(dict.fromkeys(words.values()))
     for gate in gates:
         logger.info(f"gated: {gate}")
-    return TokenGate(next(iter(tokenizers.values())), gates)
+    return TokenGate(tokenizer, gates)
+
+
+def _warn_of_classes(words: GatedWords, prompts: Sequence[str], tokenizer: CLIPTokenizer) -> None:
+    """Warn where no prompt has the class words right after a modifier token, so that they would never be gated."""
+    modifiers = {tokenizer.convert_tokens_to_ids(token) for token in words.tokens}
+    ids = tokenizer(prompts, verbose=False).input_ids
+    bare = sum(number in modifiers for row in ids for number in row)
+    gate = TokenGate(tokenizer, [words])
+    if words.classes and sum(int(gate.mask(torch.tensor([row])).sum()) for row in ids) == bare:
+        behind = next((word for p in prompts for t in words.tokens if (word := word_behind(p, t)) is not None), None)
+        advice = f"; give --class_prompt={behind!r} if that is the class" if behind else ""
+        logger.warning(
+            f"--token_gate: {' or '.join(words.classes)!r} never follows {' or '.join(words.tokens)} in the prompts, "
+            f"so only the new word itself is gated{advice}"
+        )
 
 
 def _classes(concept: ConceptEntry, prompts: Sequence[str], tokens: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from custom_diffusion.files import write_bytes
 from custom_diffusion.report.page import LOG_NAME, write_report
+from custom_diffusion.text import first_line
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -58,5 +59,7 @@ def keep_history(history: History, folder: Path, with_report: bool = True) -> No
         write_bytes(folder / LOG_NAME, json.dumps(asdict(history)).encode())
         if with_report:
             write_report(folder)
-    except OSError as error:
-        logger.warning(f"the report of {str(folder)!r} cannot be written: {error.strerror or error}")
+    except Exception as error:  # nothing that is learned depends on it
+        logger.warning(
+            f"the report of {str(folder)!r} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}"
+        )

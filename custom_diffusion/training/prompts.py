@@ -15,7 +15,6 @@ from transformers import CLIPTokenizer
 from custom_diffusion.command_line import one_or_several
 from custom_diffusion.concept.prompts import LARGE_WORDS, SMALL_WORDS
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.data.images import find_cutmix_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.vocabulary import fold
 from custom_diffusion.text import some
@@ -92,6 +91,7 @@ def check_prompts(
     concepts: Sequence[ConceptEntry],
     instance_images: Sequence[tuple[Path, str]],
     class_images: Sequence[tuple[Path, str]],
+    others: Sequence[tuple[Path, str]],
     tokenizers: Mapping[str, CLIPTokenizer],
     modifier_tokens: ModifierTokens,
 ) -> None:
@@ -100,6 +100,7 @@ def check_prompts(
     Args:
         concepts: with prior preservation, each with ``class_prompt``.
         instance_images, class_images: paths and prompts.
+        others: alike, the images of ``--cutmix_data_dir``.
         tokenizers: by the names of their text encoders; they know the modifier tokens.
 
     Raises:
@@ -117,7 +118,7 @@ def check_prompts(
     validation_prompts = one_or_several(args.validation_prompt)
     for prompt in validation_prompts:
         _check_nothing_is_lost(prompt, f"--validation_prompt {prompt!r}", reader)
-    check_cutmix(args, instance_images, tokenizers, reader)
+    check_cutmix(args, instance_images, others, tokenizers, reader)
 
     class_texts = {text: f"the caption of {str(path)!r}" for path, text in reversed(class_images)}
     if args.with_prior_preservation and not args.real_prior:
@@ -180,6 +181,7 @@ def _check_nothing_is_lost(prompt: str, name: str, reader: Reader, words: str = 
 def check_cutmix(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
+    others: Sequence[tuple[Path, str]],
     tokenizers: Mapping[str, CLIPTokenizer],
     reader: Reader,
 ) -> None:
@@ -192,7 +194,6 @@ def check_cutmix(
     """
     if not args.cutmix_probability:
         return
-    others = find_cutmix_images(args.cutmix_data_dir)
     for path, caption in others:
         for token in sorted(reader.read(caption).found):
             raise UserError(

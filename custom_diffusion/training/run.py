@@ -48,7 +48,9 @@ from custom_diffusion.training.checkpoints import (
     RESUME_ADVICE,
     STATE_NAME,
     check_is_within,
+    check_output_dir,
     claim_output_dir,
+    other_checkpoints,
     remove_leftovers,
     way_on,
 )
@@ -69,6 +71,7 @@ from custom_diffusion.training.signals import leave_signals_to_the_run
 
 logger = logging.getLogger("custom_diffusion")
 
+MOST_STEPS = 1_000_000
 LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that depend on the run's length
 
@@ -218,8 +221,8 @@ def open_output_dir(
     if not accelerator.is_main_process:
         return
     lock_folder(Path(args.output_dir))
-    claim_output_dir(Path(args.output_dir), settings, checkpoint, args.overwrite, args.max_train_steps)
-    save_config(args, Path(args.output_dir, CONFIG_NAME))
+    folder = Path(args.output_dir)
+    check_output_dir(folder, settings, checkpoint, args.overwrite, args.max_train_steps, args.config)
     try:
         config = {name: value for name, value in vars(args).items() if name != "hub_token"}
         if isinstance(args.validation_prompt, list):  # trackers take single values
@@ -232,6 +235,9 @@ def open_output_dir(
     if args.push_to_hub:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         args.hub_model_id = create_hub_repository(name, args.hub_token)
+    # Last: whoever refuses before this leaves what is there as it was.
+    claim_output_dir(folder, settings, args.overwrite and checkpoint is None)
+    save_config(args, folder / CONFIG_NAME)
 
 
 # --- what is trained, and on what ----------------------------------------------------------------
@@ -240,10 +246,16 @@ def open_output_dir(
 def plan_steps(
     args: argparse.Namespace, dataset: CustomDiffusionDataset, checkpoint: Path | None, num_processes: int
 ) -> range:
-    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes."""
+    """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes.
+
+    Raises:
+        UserError: for more than anyone waits for, all of which would be planned.
+    """
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if total > MOST_STEPS:
+        raise UserError(f"{total} steps are more than {MOST_STEPS}: give a smaller --max_train_steps")
     return range(0 if checkpoint is None else checkpoint_step(checkpoint), total)
 
 
@@ -406,6 +418,10 @@ def resume(run: Run, path: Path | None) -> None:
         UserError: where it was trained from other weights, or is beyond the end of the run.
     """
     run.settings["starting_values"] = digest_of_tensors(run.module.trained().values())
+    if run.args.rank is not None or run.args.token_gate:
+        # What is trained then starts from zeros and random values, whatever the base model is.
+        frozen = [value for name, value in run.module.unet.named_parameters() if ".attn2.to_" in name]
+        run.settings["base_values"] = digest_of_tensors(frozen)
     if path is None:
         present = list_checkpoints(Path(run.args.output_dir))
         if present and run.args.resume_from_checkpoint is None:
@@ -424,8 +440,18 @@ def resume(run: Run, path: Path | None) -> None:
 
 
 def load_state(run: Run, state: Path) -> None:
-    """Give optimizer, schedule and random numbers the state that a checkpoint has kept."""
-    run.accelerator.load_state(str(state))
+    """Give optimizer, schedule and random numbers the state that a checkpoint has kept.
+
+    Raises:
+        UserError: where the state is damaged.
+    """
+    try:
+        run.accelerator.load_state(str(state))
+    except Exception as error:  # accelerate, torch, pickle and safetensors each raise their own
+        raise UserError(
+            f"{str(state)!r} cannot be read ({first_line(error)}): {other_checkpoints(state.parent)}start afresh in "
+            "another --output_dir or with --overwrite"
+        ) from error
     if "schedule_counts" not in read_settings(state / SETTINGS_NAME):
         # A checkpoint of the time when each process counted the steps of all.
         run.lr_scheduler.scheduler.last_epoch //= len(list(state.glob("random_states_*.pkl"))) or 1

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from custom_diffusion.concept.gating import TokenGate
 from custom_diffusion.data.concept_list import ConceptEntry
-from custom_diffusion.data.images import find_cutmix_images
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import write_bytes
 from custom_diffusion.text import some
@@ -28,7 +27,7 @@ BEFORE_THE_FLAG = {
 }  # fmt: skip
 
 # What earlier runs have not written down; nothing is known of it then.
-NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values", "masks"}
+NOT_ALWAYS_KNOWN = {"mixed_precision", "instance_contents", "class_images", "starting_values", "base_values", "masks"}
 
 # What is known of each instance image, and how a difference is said.
 OF_INSTANCE_IMAGES = {
@@ -54,6 +53,7 @@ def describe_settings(
     args: argparse.Namespace,
     instance_images: Sequence[tuple[Path, str]],
     class_images: Sequence[tuple[Path, str]],
+    others: Sequence[tuple[Path, str]],
     concepts: Sequence[ConceptEntry],
     num_processes: int,
     gate: TokenGate | None = None,
@@ -64,6 +64,7 @@ def describe_settings(
     Args:
         instance_images: the instance images with their prompts.
         class_images: alike, as far as they are there already.
+        others: alike, the images of ``--cutmix_data_dir``.
         concepts: with prior preservation, each with ``class_prompt``.
         gate: at which words each concept acts.
         masks: of the instance images, as :func:`masks.find_masks` gives them; None where they are not used.
@@ -81,7 +82,7 @@ def describe_settings(
     if args.with_prior_preservation:
         settings["class_prompts"] = [concept.class_prompt for concept in concepts]
     if args.cutmix_data_dir is not None:
-        settings["cutmix_images"] = describe_images(find_cutmix_images(args.cutmix_data_dir))
+        settings["cutmix_images"] = describe_images(others)
     if class_images:
         settings["class_images"] = describe_images(class_images)
     # Earlier runs counted the steps of all processes, each of them.
@@ -132,7 +133,7 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
             found.append(f"{len(other)} class images -> {len(mine)}")
         elif name == "instance_pictures" and isinstance(other, list):
             found.append(f"instance images and prompts: {_exchanged(mine, other)}")
-        elif name == "starting_values":
+        elif name in ("starting_values", "base_values"):
             found.append("another base model of the same name, whose weights are different")
         else:
             found.append(f"{name} {_short(other)} -> {_short(mine)}")
