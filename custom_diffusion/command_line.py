@@ -222,10 +222,10 @@ def positive_int(text: str) -> int:
 
 
 # What argparse calls them where a text is none.
-for _type in (seed_number, denoising_steps, positive_int):
-    _type.__name__ = "whole number"
-for _type in (finite_number, positive_number, number_from_zero, share):
-    _type.__name__ = "number"
+for _of_whole_numbers in (seed_number, denoising_steps, positive_int):
+    _of_whole_numbers.__name__ = "whole number"
+for _of_numbers in (finite_number, positive_number, number_from_zero, share):
+    _of_numbers.__name__ = "number"
 
 
 def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> None:
