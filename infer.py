@@ -209,13 +209,13 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
             )
             flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
             for offset, ((row, number), image) in enumerate(zip(batch, output.images, strict=True)):
-                words = slug(args.prompt[row], otherwise="picture")
-                name = f"{first + start + offset:05d}_{words}_seed{args.seed + number}.png"
-                write_generated(folder / name, image, args.prompt[row], args.seed + number, settings)
-                paths[row].append(folder / name)
+                ending = f"{slug(args.prompt[row], otherwise='picture')}_seed{args.seed + number}.png"
+                path = _free_path(folder, first + start + offset, ending)
+                write_generated(path, image, args.prompt[row], args.seed + number, settings)
+                paths[row].append(path)
                 if flagged[offset]:
                     tqdm.write(
-                        f"warning: {folder / name} is black: the base model's safety checker considers it unsafe, "
+                        f"warning: {path} is black: the base model's safety checker considers it unsafe, "
                         "perhaps wrongly; try another --seed, or --no_safety_checker where the model's licence allows",
                         file=sys.stderr,
                     )
@@ -226,6 +226,13 @@ def generate(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[list
 def _first_free_number(folder: Path) -> int:
     numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5,})_", path.name))]
     return max(numbers, default=-1) + 1
+
+
+def _free_path(folder: Path, number: int, ending: str) -> Path:
+    """The path of an image; with a later number where another run has written one of this name meanwhile."""
+    while (path := folder / f"{number:05d}_{ending}").exists():
+        number += 1
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:

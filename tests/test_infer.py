@@ -416,3 +416,27 @@ def test_a_tokenizer_that_knows_no_length(trained: Path, base_model: Path, tmp_p
         [*argv, "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(tmp_path / "base")]
     )
     assert np.array_equal(pixels(images_of(tmp_path / "plain")[0]), pixels(images_of(tmp_path / "out")[0]))
+
+
+def test_a_run_beside_another_replaces_none_of_its_images(
+    trained: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that start at once count the images that are there before either has written one."""
+    monkeypatch.setattr(infer, "_first_free_number", lambda folder: 0)
+    for scale in ("1", "0"):
+        infer.main(
+            [
+                "--model_dir",
+                str(trained),
+                "--prompt",
+                "<new1> cat",
+                "--scale",
+                scale,
+                "--output_dir",
+                str(tmp_path),
+                *FEW,
+            ]
+        )
+    images = sorted(path.name for path in tmp_path.glob("0*.png"))
+    assert images == ["00000_new1-cat_seed42.png", "00001_new1-cat_seed42.png"]
+    assert (tmp_path / images[0]).read_bytes() != (tmp_path / images[1]).read_bytes()
