@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from custom_diffusion.command_line import (
+    CONFIG_NAME,
     DEFAULT_MODEL,
     HelpFormatter,
     add_base_model_flags,
@@ -18,6 +19,7 @@ from custom_diffusion.command_line import (
     parse_with_config,
     positive_int,
     run,
+    save_config,
     seed_number,
     share,
     whole_number,
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation = evaluate_checkpoints(args) if args.checkpoints else evaluate_concept(args)
     folder = Path(args.output_dir)
     write_results(evaluation, folder)
+    save_config(args, folder / CONFIG_NAME)
     plot = trade_off(evaluation.as_json())
     if plot:
         write_bytes(folder / PLOT_NAME, plot.encode())

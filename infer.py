@@ -65,7 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=finite_number, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
-    add("--output_dir", default="samples", help="Where the images are written; none there is replaced.")
+    add("--output_dir", default="samples",
+        help="Where the images are written; none there is replaced, but for contact_sheet.png.")
     args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:

@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Where the new words start from, joined with '+': entries of the vocabulary ('ktn', or 'cat</w>' for the "
         "whole word cat), or else words that are one token.")
     add("--concepts_list", help="JSON file with several concepts: a list of {instance_prompt, class_prompt, "
-        "instance_data_dir, class_data_dir}. Replaces the four flags of these names.")
+        "instance_data_dir, class_data_dir, validation_data_dir}. Replaces the flags of these names.")
     add("--masked_loss", **is_on,
         help="The loss counts inside the mask of each instance image: mask/photo.png or photo-masklabel.png beside "
         "photo.jpg, white inside, or the image's own alpha channel, whose hidden colours are then shown.")
@@ -478,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Trained are a row for each modifier token, and copies of the cross-attention's projections, or changes of them.
     text_encoders = configuration.base_model.text_encoders(configuration.family)
-    train_new_words(text_encoders, modifier_tokens)
+    train_new_words(text_encoders, tokenizers, modifier_tokens)
     unet = load_unet(configuration.base_model, args.quantize_base, compute_type(accelerator))
     train_attention(unet, args, 0 if gate is None else len(gate.concepts))
     prior_loss_weight = args.prior_loss_weight if args.with_prior_preservation else None

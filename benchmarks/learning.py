@@ -87,12 +87,12 @@ def recipe(**changes: object) -> list[str]:
     ]
 
 
-# What README.md then types, so that what no class image shows stays too.
+# What docs/small-model.md then types, so that what no class image shows stays too.
 WEIGHING = ("--prior_weight=0.5", "--captions=examples/captions.txt")
 TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 # A third, of those that are taught apart with a gate: any number of these are applied together.
 THIRD_TOKENS = {"teapot": "<new3>"}
-# What two concepts change of it: those of `concept_list.json`, as in demo/run.py.
+# What two concepts change of it: those of `concept_list.json`, as in tools/demo.py.
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
     "modifier_token": "+".join(TOKENS.values()),
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument(
         "--gated",
         action="store_true",
-        help="Teach what acts only at its own words, without class images; of --apart, apply both without merging.",
+        help="Teach what acts only at its own words, without class images; with --apart, a third concept too, unmerged.",
     )
     parser.add_argument(
         "--beside",

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def count(shape: Shape, recipe: Recipe) -> dict[str, float]:
         encoders = nn.ModuleDict({part.name: random_text_encoder(part, text) for part, text in texts})
         encoders.requires_grad_(False)
         ids = {name: [49408] for name in encoders}
-        train_new_words(dict(encoders), ModifierTokens(["<new1>"], ids, {name: [0] for name in ids}))
+        tokenizers = {name: SimpleNamespace(eos_token_id=49407) for name in ids}
+        train_new_words(dict(encoders), tokenizers, ModifierTokens(["<new1>"], ids, {name: [0] for name in ids}))
         parameters = [*unet.parameters(), *encoders.parameters()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in parameters:

@@ -124,7 +124,9 @@ def goal_rows(machine: str) -> list[Row]:
             replace(same, preload=tcmalloc, goal=Goal(1.5, 0.7)),
         ]  # fmt: skip
         if tcmalloc is None:
-            print("tcmalloc, which the README advises on CPUs, is not installed: measured without", file=sys.stderr)
+            print(
+                "tcmalloc, which docs/recipes.md advises on CPUs, is not installed: measured without", file=sys.stderr
+            )
             return rows
         return [
             *rows,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 import train_custom_diffusion
@@ -413,3 +414,12 @@ def test_the_small_model_is_one() -> None:
     model = BaseModel(str(ROOT / "base"))
     assert read_configuration(model, 256).latent_channels == 24
     assert model.tokenizers(model.family())["text_encoder"].model_max_length == 32
+
+
+def test_a_pipeline_draws_with_the_other_vae(base_model_xl: Path, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(base_model_xl / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 2
+    vae.save_pretrained(tmp_path / "vae")
+    pipeline = BaseModel(str(base_model_xl), other_vae=str(tmp_path / "vae")).pipeline(torch.float32)
+    assert torch.equal(pipeline.vae.decoder.conv_out.weight, vae.decoder.conv_out.weight)

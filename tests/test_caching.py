@@ -28,7 +28,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.training.frozen_layers import FrozenGroupNorm
 from custom_diffusion.training.run import Run, training_batches
 from custom_diffusion.training.saving import validate
-from tests.conftest import draw_images, flags, prepare
+from tests.conftest import draw_images, flags, prepare, run_script
 from train_custom_diffusion import train
 
 RENDERING = "custom_diffusion.data.latent_files.RENDERING_VERSION"
@@ -540,3 +540,14 @@ def test_a_broken_loss_is_found_before_the_next_checkpoint(
     with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*there is no checkpoint yet"):
         train(run, read_every=1000)
     assert not list((tmp_path / "out").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("more", [[], ["--no_latent_cache"]])
+def test_data_workers_that_are_started_afresh(more: list[str], base_model: Path, images: Path, tmp_path: Path) -> None:
+    """As on macOS, and on Linux from Python 3.14 on: they are sent the data set rather than forked with it."""
+    argv = flags(base_model, images, tmp_path / "out", max_train_steps=1, dataloader_num_workers=1)
+    code = "import multiprocessing, sys; multiprocessing.set_start_method('spawn'); import train_custom_diffusion; "
+    code += "train_custom_diffusion.main(sys.argv[1:])"
+    result = run_script("python", "-c", code, *argv, *more)
+    assert result.returncode == 0, result.stderr
+    assert load_concept(tmp_path / "out").tokens

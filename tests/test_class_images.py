@@ -25,7 +25,7 @@ from custom_diffusion.models import drawing
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import StableDiffusion, StableDiffusionXL
 from custom_diffusion.training.settings import describe_settings
-from tests.conftest import flags
+from tests.conftest import flags, train
 from train_custom_diffusion import parse_args
 
 
@@ -232,3 +232,15 @@ def test_the_pipeline_is_gone_before_training_loads_its_own(
     generate(base_model, tmp_path, count=1, class_image_steps=1)
     gc.collect()
     assert [unet() for unet in loaded] == [None]
+
+
+def test_class_images_of_another_base_model_are_warned_of(
+    base_model: Path, base_model_v: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "cat"}
+    more |= {"num_class_images": 2, "max_train_steps": 1, "class_image_steps": 1}
+    for model, warned in ((base_model, False), (base_model, False), (base_model_v, True)):
+        caplog.clear()
+        train(flags(model, images, tmp_path / f"out-{model.name}", overwrite=True, **more))
+        said = f"holds class images that {str(base_model)!r} has generated"
+        assert (said in caplog.text) is warned

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -454,6 +455,30 @@ def test_images_of_another_precision_are_not_measured(
         evaluate.main([*argv, "--dtype=bf16"])
 
 
+def test_an_evaluation_is_repeated_by_its_file(
+    trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path
+) -> None:
+    evaluate.main(argv_of(trained, images, tmp_path / "out", clip, "--no_controls"))
+    again = evaluate.parse_args(["--config", str(tmp_path / "out" / "config.yaml")])
+    assert again.no_controls and again.model_dir == str(trained)
+
+
+def test_two_concepts_each_with_its_folder(trained: Path, images: Path, tmp_path: Path, dino: Path) -> None:
+    one = load_concept(trained)
+    save_concept(replace(one, tokens=one.tokens | {"<new2>": one.tokens["<new1>"]}), tmp_path / "both")
+    shutil.copy(trained / "README.md", tmp_path / "both")
+    (tmp_path / "prompts.txt").write_text("{1} beside {0}\n")
+    pots = draw_images(tmp_path / "pots", 2)
+    argv = ["--model_dir", str(tmp_path / "both"), "--class_prompt", "cat+pot", "--clip", "none"]
+    argv += ["--encoder", str(dino), "--instance_data_dir", str(images), str(pots)]
+    argv += ["--prompts_file", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "out"), *FEW]
+    evaluate.main(argv)
+    prompts = json.loads((tmp_path / "out" / "concept" / "prompts.json").read_text())
+    assert set(prompts.values()) == {"<new2> pot beside <new1> cat"}
+    found = "".join(measures(tmp_path / "out"))
+    assert str(images) in found and str(pots) in found
+
+
 def test_a_list_of_prompts_names_files_beside_it_alone(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("password")
     (tmp_path / "set").mkdir()
@@ -544,3 +569,14 @@ def test_nothing_to_compare_with_is_said_at_once(capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit):
         evaluate.parse_args([])
     assert "--instance_data_dir data/cat" in capsys.readouterr().err
+
+
+def test_images_of_a_prompt_whose_name_is_the_same_are_not_taken_for_it(
+    trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path
+) -> None:
+    argv = argv_of(trained, images, tmp_path / "out", clip, "--no_controls")
+    prompts.write_text("photo of a {} 猫在雪地里\n")
+    evaluate.main(argv)
+    prompts.write_text("photo of a {} 猫在沙滩上\n")
+    with pytest.raises(UserError, match="is of the prompt 'photo of a <new1> cat 猫在雪地里'"):
+        evaluate.main(argv)

@@ -459,3 +459,9 @@ def test_a_pipeline_is_exported_into_the_folder_that_one_is_in(
     assert np.abs(make_image(load(tmp_path / "new")) - expected).max() <= 2
     assert not [path.name for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_pipeline_in_half_precision(cat: Path, tmp_path: Path) -> None:
+    run("--model_dir", cat, "--format", "pipeline", "--dtype", "fp16", "--output_dir", tmp_path / "half")
+    (weights,) = (tmp_path / "half" / "unet").glob("*.safetensors")
+    assert {value.dtype for value in load_file(weights).values()} == {torch.float16}

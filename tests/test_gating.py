@@ -626,3 +626,26 @@ def test_a_concept_that_cannot_be_applied_leaves_nothing_behind(
         apply_concepts(pipeline, load_concept(cat))
     assert [name for name, _ in pipeline.unet.named_buffers()] == buffers
     assert [dict(module._forward_hooks) for module in pipeline.text_encoder.modules()] == hooks
+
+
+def test_a_gated_concept_beside_one_that_acts_everywhere(
+    trained: Path, plant: Path, pipeline: StableDiffusionPipeline
+) -> None:
+    plain = load_concept(trained)
+    applied = apply_concepts(pipeline, plain)
+    alone = draw(pipeline, "a <new1> cat")
+    applied.remove()
+    apply_concepts(pipeline, plain, load_concept(plant))
+    assert torch.equal(draw(pipeline, "a <new1> cat"), alone)
+    assert not torch.allclose(draw(pipeline, "a <new2> plant"), draw(pipeline, "a plant"), atol=1e-3)
+
+
+def test_each_concept_has_its_scale(cat: Path, plant: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model_dir", str(cat), str(plant), "--prompt", "a <new1> cat", "--num_inference_steps=2"]
+    for name, scales in (("both", ["1", "1"]), ("cat", ["1", "0"]), ("plant", ["0", "1"])):
+        infer.main([*argv, "--scale", *scales, f"--output_dir={tmp_path / name}"])
+    both, own, other = (Image.open(next((tmp_path / n).glob("0*.png"))).tobytes() for n in ("both", "cat", "plant"))
+    assert both == own != other
+    with pytest.raises(SystemExit):
+        infer.parse_args([*argv, "--scale", "1", "1", "1"])
+    assert "--scale has 3 values, --model_dir 2" in capsys.readouterr().err

@@ -439,4 +439,13 @@ def test_a_run_beside_another_replaces_none_of_its_images(
         )
     images = sorted(path.name for path in tmp_path.glob("0*.png"))
     assert images == ["00000_new1-cat_seed42.png", "00001_new1-cat_seed42.png"]
-    assert (tmp_path / images[0]).read_bytes() != (tmp_path / images[1]).read_bytes()
+    assert not np.array_equal(*(pixels(tmp_path / name) for name in images)), "the first is still the first"
+
+
+def test_samplers_and_negative_prompts_change_the_image(trained: Path, tmp_path: Path) -> None:
+    more = {"plain": [], "not": ["--negative_prompt", "a dog on the grass"]}
+    more |= {name: ["--scheduler", name] for name in infer.SCHEDULERS if name != "ddim"}
+    for name, options in more.items():
+        argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path / name), *FEW]
+        infer.main([*argv, *options])
+    assert len({pixels(images_of(tmp_path / name)[0]).tobytes() for name in more}) == len(more)

@@ -439,3 +439,8 @@ def test_factors_of_nothing() -> None:
     nothing = LowRank(torch.zeros(3, 2), torch.ones(2, 4), alpha=2.0)
     assert torch.equal(nothing.balanced().whole(), torch.zeros(3, 4))
     assert torch.equal(LowRank(torch.zeros(3, 0), torch.zeros(0, 4), alpha=0.0).whole(), torch.zeros(3, 4))
+
+
+def test_a_result_in_full_precision_where_it_is_asked_for(base_model: Path, images: Path, tmp_path: Path) -> None:
+    train(flags(base_model, images, tmp_path, rank=2, max_train_steps=1, save_precision="fp32"))
+    assert {value.dtype for value in load_concept(tmp_path).tensors().values()} == {torch.float32}

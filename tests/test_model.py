@@ -36,7 +36,7 @@ def load(
     tokenizers = model.tokenizers(family)
     modifier_tokens = add_modifier_tokens(tokenizers, tokens, ["ktn", "pll", "ucd"][: len(tokens)])
     text_encoders, unet = model.text_encoders(family), model.unet()
-    train_new_words(text_encoders, modifier_tokens)
+    train_new_words(text_encoders, tokenizers, modifier_tokens)
     swap_attention_processors(unet, train_q_out, rank=rank, alpha=alpha, gated=len(gated))
     if gated:
         options["gate"] = TokenGate(tokenizers["text_encoder"], gated)

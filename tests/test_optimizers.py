@@ -12,7 +12,7 @@ import torch
 
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.errors import UserError
-from tests.conftest import flags, prepare
+from tests.conftest import flags, prepare, train
 from train_custom_diffusion import OPTIMIZERS, parse_args
 
 Train = Callable[[list[str]], None]
@@ -103,3 +103,36 @@ def test_min_snr_learns_something_else(base_model_v: Path, images: Path, tmp_pat
     assert not torch.equal(learned(tmp_path / "plain"), learned(tmp_path / "weighted"))
     assert "| snr_gamma | 5.0 |" in (tmp_path / "weighted" / "README.md").read_text()
     assert "snr_gamma" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", "AdamW"), ("adamw8bit", "AdamW8bit"), ("prodigy", "Prodigy"), ("adafactor", "Adafactor")],
+)
+def test_each_name_is_its_optimizer_with_its_numbers(
+    name: str, kind: str, base_model: Path, images: Path, tmp_path: Path
+) -> None:
+    betas = {} if name == "adafactor" else {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    run = prepare(flags(base_model, images, tmp_path, optimizer=name, adam_weight_decay=0.03, learning_rate=1, **betas))
+    (group,) = run.optimizer.param_groups
+    assert type(run.optimizer.optimizer).__name__ == kind
+    assert group["weight_decay"] == 0.03
+    if betas:
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_gradients_are_clipped(base_model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    clip = torch.optim.AdamW.step
+
+    def look(optimizer: torch.optim.AdamW, *more: object) -> object:
+        gradients = [value.grad for group in optimizer.param_groups for value in group["params"]]
+        norms.append(torch.stack([one.norm() for one in gradients if one is not None]).norm().item())
+        return clip(optimizer, *more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    for limit in (1e6, 1e-4):
+        train(flags(base_model, images, tmp_path / str(limit), max_grad_norm=limit, max_train_steps=1))
+    free, clipped = norms
+    assert free > 1e-3
+    assert clipped == pytest.approx(1e-4, rel=0.02)

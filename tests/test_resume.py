@@ -20,6 +20,7 @@ from custom_diffusion.training import processes
 from custom_diffusion.training import run as training_run
 from custom_diffusion.training.checkpoints import has_result
 from custom_diffusion.training.run import build_accelerator, build_schedule
+from custom_diffusion.training.settings import describe_settings, differences
 from tests.conftest import draw_images, flags, forget_accelerate, train
 from train_custom_diffusion import SCHEDULES, parse_args
 
@@ -336,3 +337,42 @@ def test_processes_that_see_other_inputs_are_named(monkeypatch: pytest.MonkeyPat
             processes.check_processes_agree(mine, "checkpoint-2", accelerator)
         assert "process 2 (far) sees other inputs than process 0" in str(caught.value)
         assert words in str(caught.value)
+
+
+# --- what is compared ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hflip", True), ("noaug", True), ("center_crop", True), ("resolution", 128), ("freeze_model", "crossattn"),
+        ("lr_scheduler", "cosine"), ("lr_warmup_steps", 5), ("scale_lr", True), ("adam_beta1", 0.8),
+        ("adam_beta2", 0.9), ("adam_epsilon", 1e-6), ("adam_weight_decay", 0.5), ("max_grad_norm", 2.0),
+        ("latent_variants", 3), ("no_latent_cache", True), ("initializer_token", "cat</w>"), ("prior_loss_weight", 0.5),
+        ("mixed_precision", "bf16"), ("padding_mode", "edge"), ("quantize_base", "8bit"), ("seed", 7),
+        ("cutmix_probability", 0.5), ("snr_gamma", 5.0), ("rank", 2), ("aspect_buckets", True),
+        ("unmasked_weight", 0.2),
+    ],
+)  # fmt: skip
+def test_every_flag_that_decides_the_result_is_compared(name: str, value: object) -> None:
+    argv = flags(Path("model"), Path("images"), Path("out"))
+    args, other = (parse_args(argv) for _ in range(2))
+    assert getattr(other, name) != value
+    setattr(other, name, value)
+    mine, others = (describe_settings(one, [], [], [], [], 1) for one in (args, other))
+    found = differences(others, mine)
+    assert len(found) == 1 and found[0].startswith(f"{name} "), found
+
+
+def test_a_batch_may_be_split_anew_when_a_run_is_resumed(base_model: Path, tmp_path: Path) -> None:
+    """As after running out of memory: four images in a batch become four batches of one."""
+    images = draw_images(tmp_path / "images", 4)
+    options = {"learning_rate": 1e-2, "lr_scheduler": "constant", "max_train_steps": 5, "checkpointing_steps": 3}
+    whole = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
+    train(flags(base_model, images, tmp_path / "whole", **options, **whole))
+    train(flags(base_model, images, tmp_path / "split", **(options | {"max_train_steps": 3}), **whole))
+    split = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "resume_from_checkpoint": "latest"}
+    train(flags(base_model, images, tmp_path / "split", **options, **split))
+    expected, found = (learned(tmp_path / name) for name in ("whole", "split"))
+    start = learned(tmp_path / "whole" / "checkpoint-3")
+    assert (found - expected).norm() < 0.02 * (expected - start).norm()

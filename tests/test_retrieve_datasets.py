@@ -209,3 +209,19 @@ def test_the_missing_package_is_named_with_the_command_that_installs_it(tmp_path
     assert result.stderr == 'error: --source dataset needs the package datasets: pip install ".[datasets]"\n'
     with pytest.raises(UserError, match=r'pip install "\.\[datasets\]"'):
         dataset_folder("someone/cats", tmp_path)
+
+
+def test_the_columns_and_words_that_are_named_are_taken(tmp_path, monkeypatch):
+    features = {"image": datasets.Image(), "photo": datasets.Image(), "text": TEXT, "alt": TEXT}
+    rows = [{"image": image(0), "photo": image(1), "text": "a cat", "alt": "a kitten"}]
+    named = ["--image_column", "photo", "--caption_column", "alt", "--words", "kitten", "--num_class_images", 1]
+    assert retrieve_dataset(tmp_path, monkeypatch, features, rows, *named)[0] == ["a kitten"]
+    assert (tmp_path / "out/images/0.jpg").read_bytes() == jpeg(1)
+
+
+def test_a_revision_of_a_dataset_is_asked_for(tmp_path, monkeypatch):
+    data = datasets.Dataset.from_list([{"image": image(0)}], features=datasets.Features({"image": datasets.Image()}))
+    asked = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.update(name=name, **more) or data)
+    dataset_folder("someone/cats@v2", tmp_path / "cache")
+    assert asked["name"] == "someone/cats" and asked["revision"] == "v2"

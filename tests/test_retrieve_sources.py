@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from custom_diffusion.retrieval.public import Openverse
 from tests.retrieval_images import drawing, encoded
 from tests.retrieval_web import (
     free_port,
@@ -185,3 +186,13 @@ def test_what_wikimedia_tells_of_an_image_may_have_any_form(web, tmp_path, told)
     assert result.returncode == 0, result.stderr
     captions, urls, _ = lists(tmp_path / "real_reg/samples_cat")
     assert captions == ["A cat"] and urls == [f"{web.url}/cat.jpg"]
+
+
+def test_openverse_is_asked_for_photographs_and_no_more_than_it_gives_to_anyone(web):
+    serve_openverse(web, pages=14, per_page=1)
+    source = Openverse("test", web.url)
+    source.service.interval = 0
+    assert len(list(source.candidates("cat", 300))) == 12
+    asked = [query for path, query, *_ in web.requests if path == "/v1/images/"]
+    assert [query["page"] for query in asked] == [[str(page)] for page in range(1, 13)]
+    assert all(query["category"] == ["photograph"] for query in asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -25,7 +26,7 @@ from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.errors import UserError
 from custom_diffusion.machine import computes_bf16
-from tests.conftest import draw_images, flags, launch, run_script
+from tests.conftest import draw_images, flags, launch, prepare, run_script
 
 Train = Callable[[list[str]], None]
 WEIGHTS = "pytorch_custom_diffusion_weights"
@@ -578,3 +579,38 @@ def test_a_checkpoint_without_its_state_is_named_and_the_others_too(
 def test_more_steps_than_anyone_waits_for(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
     with pytest.raises(UserError, match="are more than 1000000: give a smaller --max_train_steps"):
         train_here(flags(base_model, images, tmp_path, max_train_steps=10**20))
+
+
+def test_the_end_says_time_memory_place_and_the_way_on(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_here(flags(base_model, images, tmp_path / "out"))
+    assert re.search(r"2 steps in fp32, \d+\.\d\d s each, at most \d+\.\d GiB", caplog.text)
+    assert str(tmp_path / "out") in caplog.text and "python infer.py --prompt" in caplog.text
+
+
+def test_flags_that_save_memory_reach_the_model(
+    base_model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    more = {"mixed_precision": "bf16", "gradient_checkpointing": True, "allow_tf32": True}
+    run = prepare(flags(base_model, images, tmp_path, **more))
+    trained = run.module.trained()
+    frozen = {value.dtype for name, value in run.module.named_parameters() if name not in trained}
+    assert frozen == {torch.bfloat16}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert run.module.unet.is_gradient_checkpointing
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_an_optimizer_state_runs_no_code(base_model: Path, images: Path, tmp_path: Path, train_here: Train) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    out = tmp_path / "out"
+    train_here(flags(base_model, images, out, checkpointing_steps=1, max_train_steps=1))
+    torch.save({"state": Code()}, out / "checkpoint-1" / "training_state" / "optimizer.bin")
+    with pytest.raises(UserError, match="cannot be read"):
+        train_here(flags(base_model, images, out, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert not (tmp_path / "ran").exists()

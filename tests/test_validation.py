@@ -322,3 +322,22 @@ def test_the_command_that_evaluates_names_folder_and_images(base_model: Path, im
     run = prepare(flags(base_model, images, tmp_path / "out"))
     command = saving.evaluate_command(run)
     assert command == f"python evaluate.py --model_dir {tmp_path / 'out'} --instance_data_dir {images}"
+
+
+def test_validation_images_have_the_size_of_the_training(
+    base_model: Path, images: Path, tmp_path: Path, train_here: Train
+) -> None:
+    more = {"resolution": 128, "max_train_steps": 1, "validation_prompt": "<new1>", "num_validation_images": 1}
+    train_here(flags(base_model, images, tmp_path / "out", **more))
+    with Image.open(tmp_path / "out" / "image_0.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_an_image_that_two_concepts_share_is_held_out_of_both(base_model: Path, images: Path, tmp_path: Path) -> None:
+    prompts = ("photo of a <new1> cat", "<new1> cat")
+    entries = [{"instance_prompt": prompt, "instance_data_dir": str(images)} for prompt in prompts]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    options = {"concepts_list": tmp_path / "list.json", "instance_prompt": None, "instance_data_dir": None}
+    run = prepare(flags(base_model, images, tmp_path / "out", validation_split=1, **options))
+    last = sorted(images.glob("*.png"))[-1]
+    assert last not in {path for path, _ in run.dataset.instance_images}

@@ -61,6 +61,7 @@ def load_words(pipeline: StableDiffusionXLPipeline, path: Path, token: str = "<n
     pipeline.load_textual_inversion(
         word["clip_g"], token=token, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
     )
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id  # as the card says
 
 
 def ours(base: Path, folder: Path) -> np.ndarray:

@@ -16,12 +16,13 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 import train_custom_diffusion
+from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.files import load_concept
 from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.families import StableDiffusionXL
 from custom_diffusion.training.run import Run, training_batches
-from tests.conftest import draw_images, flags, prepare
+from tests.conftest import draw_images, flags, prepare, train
 from tests.test_base_models import edit
 from tests.test_distributed import two_processes
 
@@ -86,6 +87,8 @@ def with_untrained_words(folder: Path, starts: dict[str, str]) -> StableDiffusio
         table = text_encoder.get_input_embeddings().weight.data
         for word, start in starts.items():
             table[tokenizer.convert_tokens_to_ids(word)] = table[tokenizer.get_vocab()[start]]
+    # Else transformers takes the word for the end of the prompt.
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
     return pipeline
 
 
@@ -111,6 +114,23 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(base_model_xl: Path, i
         # Of an empty prompt the pipeline makes zeros only where it stands in for a negative one.
         assert torch.equal(encoded["features"], features)
         assert torch.equal(encoded["pooled"], pooled)
+
+
+def test_what_sums_up_a_prompt_is_its_end_and_not_the_new_word(
+    base_model_xl: Path, images: Path, tmp_path: Path
+) -> None:
+    train(flags(base_model_xl, images, tmp_path, max_train_steps=1))
+    pipeline = plain_pipeline(base_model_xl)
+
+    def pooled(prompt: str) -> torch.Tensor:
+        return pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[2]
+
+    before, end = pooled("a cat"), pipeline.text_encoder_2.config.eos_token_id
+    applied = apply_concepts(pipeline, load_concept(tmp_path))
+    assert not torch.allclose(pooled("photo of a <new1> cat"), pooled("photo of a <new1> dog"), atol=1e-4)
+    assert torch.equal(pooled("a cat"), before), "prompts without new words are summed up as before"
+    applied.remove()
+    assert pipeline.text_encoder_2.config.eos_token_id == end
 
 
 def test_the_second_tokenizer_pads_by_itself(base_model_xl: Path, images: Path, tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from custom_diffusion.models.families import FAMILIES, Family, family_with
 
 # What reads a word's file where diffusers does not by itself.
 FILE_IMPORT = "from safetensors.torch import load_file\n"
+# Diffusers alone would take the first new word for the end, see vocabulary.pool_at_the_end.
+END_OF_PROMPT = """# What sums up the prompt is its end, not the first new word in it.
+pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+"""
 PATH = "the path of this folder, or what huggingface_hub.snapshot_download gives"
 
 
@@ -114,6 +118,7 @@ def _use_of_whole_projections(concept: Concept, prompt: str, ending: str) -> str
     where = "the path of this folder, or its name on the Hub"
     if len(family.text_encoders) > 1:
         load_tokens = "".join(_load_word("model", token, f"{token}.{ending}", family) for token in concept.tokens)
+        load_tokens += END_OF_PROMPT
         imports, where = imports + FILE_IMPORT, PATH
     return f"""With diffusers alone (`load_attn_procs` silently loads nothing unless it is given `_pipeline`):
 
@@ -305,6 +310,7 @@ def _lora_in_programs(concept: Concept, prompt: str, name: str, embeddings: Mapp
     ]
     if len(family.text_encoders) > 1:
         loads = [_load_word("folder", token, f"{stem}.safetensors", family) for token, stem in embeddings.items()]
+        loads.append(END_OF_PROMPT)
         imports += FILE_IMPORT
     where = "or the name on the Hub" if len(family.text_encoders) == 1 else PATH
     names = ", ".join(f"`{stem}` for `{token}`" for token, stem in embeddings.items())

@@ -41,29 +41,33 @@ class ClassImageFolder:
             return set()
         return {path.name for path in self.path.iterdir() if _GENERATED.fullmatch(path.name)}
 
-    def recorded_prompt(self) -> str | None:
-        """For which class prompt its images were generated, if it holds any and that is known.
+    def recorded(self) -> dict[str, str]:
+        """For which ``class_prompt`` its images were generated, if it holds any and that is known.
+
+        And by which ``base_model``, which earlier versions did not write down.
 
         Raises:
             UserError: for a record that is damaged.
         """
         record = self.path / RECORD_NAME
         if not record.is_file() or not self.generated():
-            return None
+            return {}
         try:
-            prompt = json.loads(read_text(record))["class_prompt"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            prompt = None
-        if not isinstance(prompt, str):
+            content = json.loads(read_text(record))
+            is_whole = isinstance(content["class_prompt"], str) and isinstance(content.get("base_model", ""), str)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
             raise UserError(
                 f"{str(record)!r} is damaged: remove it if the images beside it show {self.class_prompt!r}, "
                 "or give another class_data_dir"
             )
-        return prompt
+        return content
 
-    def record(self) -> None:
-        """Leave a record of the class prompt."""
-        write_bytes(self.path / RECORD_NAME, json.dumps({"class_prompt": self.class_prompt}).encode())
+    def record(self, base_model: str | None) -> None:
+        """Leave a record of the class prompt, and of what generates the images, if that is known."""
+        content = {"class_prompt": self.class_prompt} | ({"base_model": base_model} if base_model else {})
+        write_bytes(self.path / RECORD_NAME, json.dumps(content).encode())
 
 
 def distinct_folders(folders: Iterable[ClassImageFolder]) -> list[ClassImageFolder]:
@@ -96,7 +100,7 @@ def check_class_folders(folders: Sequence[ClassImageFolder]) -> None:
                 "give each class prompt a class_data_dir of its own"
             )
     for folder in places.values():
-        name, recorded = str(folder.path), folder.recorded_prompt()
+        name, recorded = str(folder.path), folder.recorded().get("class_prompt")
         if (folder.path / "images.txt").exists():
             raise UserError(
                 f"{name!r} holds real class images, as retrieve.py finds them: add --real_prior, "

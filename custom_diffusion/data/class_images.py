@@ -112,7 +112,7 @@ def generate_class_images(
     folders = distinct_folders(concept.class_folder for concept in concepts)
     missing = find_missing(folders, accelerator, args.num_class_images)
     if accelerator.is_main_process:
-        _keep_records(folders, [folder for folder, _ in missing])
+        _keep_records(folders, [folder for folder, _ in missing], base_model.name)
     if not missing:
         return
 
@@ -165,12 +165,19 @@ def images_at_once(base_model: BaseModel, dtype: torch.dtype, free: int) -> int:
     return max(1, min(MOST_AT_ONCE, free // 2 // each))
 
 
-def _keep_records(folders: Sequence[ClassImageFolder], missing: Sequence[ClassImageFolder]) -> None:
-    """Record the class prompt of the folders that are filled now, or were before there were records."""
+def _keep_records(folders: Sequence[ClassImageFolder], missing: Sequence[ClassImageFolder], base_model: str) -> None:
+    """Record what the folders that are filled now show, or were before there were records; warn of another model's."""
     warn_of_twins(folders)
     for folder in folders:
-        if (folder in missing or folder.generated()) and folder.recorded_prompt() is None:
-            folder.record()
+        recorded = folder.recorded()
+        if (other := recorded.get("base_model", base_model)) != base_model:
+            logger.warning(
+                f"{str(folder.path)!r} holds class images that {other!r} has generated, and they would keep what that "
+                f"model knew: give another --class_data_dir for {base_model!r}"
+            )
+        if not recorded and (folder in missing or folder.generated()):
+            # Nobody knows what generated those that are there.
+            folder.record(None if folder.generated() else base_model)
 
 
 def _fill(

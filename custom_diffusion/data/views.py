@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ class Renderer:
         self.object_masks = object_masks or {}
         self._last_image: tuple[Path, Image.Image] | None = None
         self._last_mask: tuple[Path, Image.Image] | None = None
-        self._image_size = cache(image_size)
+        self._sizes: dict[Path, tuple[int, int]] = {}
 
     def render(self, view: View) -> Tensor:
         """The pixels of a view, (3, size, size) or those of its own canvas, in [-1, 1].
@@ -149,7 +148,10 @@ class Renderer:
         if len(views) > 1:
             return torch.tensor([*shown, 0, 0, *shown], dtype=torch.float32)
         (view,) = views
-        width, height = self._image_size(view.path)
+        # A dictionary, which other processes can be sent: not functools.cache.
+        if view.path not in self._sizes:
+            self._sizes[view.path] = image_size(view.path)
+        width, height = self._sizes[view.path]
         taken = largest_part((width, height), (rows, columns))
         room = (height - taken[0], width - taken[1])
         zoom = (0, 0)

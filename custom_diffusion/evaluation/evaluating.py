@@ -171,7 +171,7 @@ def find_checkpoints(folder: Path) -> dict[str, Concept]:
     if any(folder.glob(f"{WEIGHTS_STEM}.*")):
         result = load_concept(folder)
         # Its weights may have been saved in fp16, those of checkpoints never are.
-        saved = [one for concept in concepts.values() for one in (concept, concept.to(torch.float16))]
+        saved = (one for concept in reversed(concepts.values()) for one in (concept, concept.to(torch.float16)))
         if digest_of_concept(result) not in map(digest_of_concept, saved):
             concepts["result"] = result
     return concepts

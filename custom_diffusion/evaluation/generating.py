@@ -129,7 +129,7 @@ class Studio:
             samples / f"{number:05d}_{slug(job.prompt, otherwise='image')}_seed{job.seed}.png"
             for number, job in enumerate(jobs)
         ]
-        _check_settings(samples, paths, settings)
+        _check_settings(samples, dict(zip(paths, jobs, strict=True)), settings)
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="image", desc=what) as progress:
             if missing:
@@ -175,7 +175,7 @@ def digest_of_concept(concept: Concept | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _check_settings(folder: Path, wanted: Sequence[Path], settings: Mapping[str, object]) -> None:
+def _check_settings(folder: Path, wanted: Mapping[Path, Job], settings: Mapping[str, object]) -> None:
     """Make sure that the images of a folder are those of this evaluation.
 
     Raises:
@@ -187,9 +187,13 @@ def _check_settings(folder: Path, wanted: Sequence[Path], settings: Mapping[str,
             raise UserError(f"{str(path)!r} is of an evaluation with other prompts or seeds: {advice}")
         try:
             load_image(path)
-            others = json.loads(metadata_of(path).get("settings", "{}"))
+            metadata = metadata_of(path)
+            others = json.loads(metadata.get("settings", "{}"))
         except (OSError, ValueError) as error:
             raise UserError(f"{str(path)!r} is damaged: remove it") from error
+        if metadata.get("prompt") != wanted[path].prompt:
+            # Its name has 60 letters and digits of the prompt.
+            raise UserError(f"{str(path)!r} is of the prompt {metadata.get('prompt')!r}: {advice}")
         # Earlier versions did not write all of them.
         different = [name for name in settings if name in others and others[name] != settings[name]]
         if different:

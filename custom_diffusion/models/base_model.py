@@ -18,7 +18,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.files import is_hub_id
 from custom_diffusion.models.families import Family, TextEncoder, family_of, text_models_of
 from custom_diffusion.models.recognizing import SINGLE_FILES, describe_file, describe_folder, missing_weights
-from custom_diffusion.models.vocabulary import limit_length
+from custom_diffusion.models.vocabulary import limit_length, pool_at_the_end
 from custom_diffusion.text import first_line
 
 INDEX_NAME = "model_index.json"
@@ -113,6 +113,7 @@ class BaseModel:
         pipeline = self.load(family.pipeline_class.from_pretrained, dtype=dtype, variant=self.variant, **options)
         for name, tokenizer in text_models_of(family, pipeline)[0].items():
             limit_length(tokenizer, getattr(pipeline, name).config)
+            pool_at_the_end(getattr(pipeline, name), tokenizer)
         return pipeline
 
     def text_configuration(self, part: TextEncoder) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Family(ABC):
         tag: what the Hub calls it.
         resolution: side of the images in pixels that its models are made for.
         reads_time_ids: whether the UNet is told which part of how large an image it sees.
-        unchecked: arguments of ``from_pretrained`` that leave out the safety checker.
+        unchecked: arguments of ``from_pretrained`` that leave out what a pipeline does to images that it has drawn.
         without: what a model is that lacks a part, by the part's name.
     """
 
@@ -239,6 +239,8 @@ class StableDiffusionXL(Family):
     tag = "stable-diffusion-xl"
     resolution = 1024
     reads_time_ids = True
+    # Nor a watermark, which would be learned with the class images.
+    unchecked = MappingProxyType({"add_watermarker": False})
     without = MappingProxyType(
         {"text_encoder": "it is a refiner, which only finishes images: take the base model that it is for"}
     )

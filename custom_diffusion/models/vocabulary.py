@@ -77,6 +77,24 @@ def limit_length(tokenizer: Any, text_config: Any) -> Any:
     return tokenizer
 
 
+def pool_at_the_end(text_encoder: Any, tokenizer: Any) -> None:
+    """Let the features that sum up a text, which Stable Diffusion XL's UNet is told, be those at its end.
+
+    Older configurations, XL's among them, give 2 as the number of the end. transformers then takes the entry with the
+    highest number for it: a word that was added, so that nothing behind the first of these words would count.
+    """
+    if text_encoder.config.eos_token_id == 2:
+        set_end(text_encoder, tokenizer.eos_token_id)
+
+
+def set_end(text_encoder: Any, number: int) -> None:
+    """Say which entry ends a text; see :func:`pool_at_the_end`."""
+    text_encoder.config.eos_token_id = number
+    for module in text_encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = number
+
+
 # --- adding --------------------------------------------------------------------------------------
 
 
@@ -136,6 +154,7 @@ class AddedWords:
         first: how many words the tokenizer had before.
         rows: how many rows the text encoder's table had before.
         covered_rows: what stood in the words' rows, as far as the table had them.
+        end: the number of the end of a text, as the text encoder's configuration gave it.
     """
 
     words: tuple[str, ...]
@@ -144,10 +163,13 @@ class AddedWords:
     first: int
     rows: int
     covered_rows: Tensor
+    end: int
 
     @torch.no_grad()
     def remove(self) -> None:
         """Take the words out; those that others have added since stay, and so do their embeddings."""
+        if self.end != self.text_encoder.config.eos_token_id:
+            set_end(self.text_encoder, self.end)
         added = self.tokenizer.get_added_vocab()
         ids = sorted(added[word] for word in self.words if word in added)
         if not ids:
@@ -175,7 +197,9 @@ def put_words(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) 
     """
     table, first = embedding_table(text_encoder), len(tokenizer)
     covered_rows = table[first : first + len(vectors)].detach().clone()
-    added = AddedWords(tuple(vectors), tokenizer, text_encoder, first, len(table), covered_rows)
+    end = text_encoder.config.eos_token_id
+    added = AddedWords(tuple(vectors), tokenizer, text_encoder, first, len(table), covered_rows, end)
+    pool_at_the_end(text_encoder, tokenizer)
     add_words(tokenizer, added.words)
     add_embeddings(text_encoder, tokenizer, vectors)
     return added

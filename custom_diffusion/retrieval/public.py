@@ -20,6 +20,7 @@ class Openverse(Source):
     """Openverse's search of openly licensed images: no key, one request a second, 240 results at most."""
 
     PAGE_SIZE = 20
+    MOST_PAGES = 12  # later ones are refused to anonymous users, whatever the first one promises
     per_host = 8
 
     def __init__(
@@ -40,15 +41,9 @@ class Openverse(Source):
     def candidates(self, class_prompt: str, wanted: int) -> Iterator[Candidate]:
         """See :class:`Source`. Photographs only."""
         page, pages = 1, 1
-        while page <= pages:
+        while page <= min(pages, self.MOST_PAGES):
             query = {"q": class_prompt, "page": page, "page_size": self.PAGE_SIZE, "category": "photograph"}
-            try:
-                reply = self.service.get("/v1/images/", query)
-            except SourceError:
-                # Pages beyond what an anonymous user may see are refused, whatever the first page promised.
-                if page > 12:
-                    return
-                raise
+            reply = self.service.get("/v1/images/", query)
             results = reply.get("results") if isinstance(reply, dict) else None
             if not isinstance(results, list):
                 raise SourceError(f"Openverse at {self.service.url} answers: {told_by(reply) or 'no results'}")

@@ -15,6 +15,7 @@ from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.errors import UserError
 from custom_diffusion.report.page import LOG_NAME, REPORT_NAME
 from custom_diffusion.text import first_line
+from custom_diffusion.training.settings import SETTINGS_NAME
 
 
 def tracker_address(tracker: Any) -> str:
@@ -65,7 +66,7 @@ def create_hub_repository(name: str, token: str | None) -> str:
 
 def upload_command(repository: str, folder: str) -> str:
     """The command that uploads a result by hand."""
-    kept_here = " ".join(f"--exclude {name}" for name in (CONFIG_NAME, LOG_NAME, REPORT_NAME))
+    kept_here = " ".join(f"--exclude {name}" for name in (CONFIG_NAME, SETTINGS_NAME, LOG_NAME, REPORT_NAME))
     return f"hf upload {repository} {shlex.quote(folder)} --include '*.*' --exclude '*/*' {kept_here}"
 
 

@@ -452,6 +452,8 @@ def load_state(run: Run, state: Path) -> None:
             f"{str(state)!r} cannot be read ({first_line(error)}): {other_checkpoints(state.parent)}start afresh in "
             "another --output_dir or with --overwrite"
         ) from error
+    # It counts batches, whose size may be another now; checkpoints are only written between optimizer steps.
+    run.accelerator.step = 0
     if "schedule_counts" not in read_settings(state / SETTINGS_NAME):
         # A checkpoint of the time when each process counted the steps of all.
         run.lr_scheduler.scheduler.last_epoch //= len(list(state.glob("random_states_*.pkl"))) or 1

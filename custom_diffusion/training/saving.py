@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from custom_diffusion.command_line import DEFAULT_MODEL, one_or_several
@@ -27,6 +26,7 @@ from custom_diffusion.concept.gating import gates_beside_features
 from custom_diffusion.files import write_bytes
 from custom_diffusion.images import write_image
 from custom_diffusion.machine import peak_memory, return_freed_memory, trim_heap
+from custom_diffusion.models.samplers import build_sampler
 from custom_diffusion.report.page import REPORT_NAME
 from custom_diffusion.training.checkpoints import STATE_NAME, cannot_write, put_checkpoint
 from custom_diffusion.training.history import keep_history, read_history
@@ -147,7 +147,7 @@ def draw_images(run: Run, step: int) -> list[Image.Image]:
     # Where the images are encoded ahead, the VAE is in memory only here. The Hub is not asked again.
     vae = run.latents.vae or load_vae(run.configuration, accelerator, local_files_only=True)
     module.text_encoders.to(accelerator.device)
-    scheduler = DPMSolverMultistepScheduler.from_config(module.noise_scheduler.config)
+    scheduler = build_sampler("dpmsolver++", module.noise_scheduler.config)
     pipeline = run.configuration.family.pipeline(
         vae, module.unet, scheduler, module.text_encoders, run.tokenizers, run.configuration.index
     )

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 
 from custom_diffusion.concept.files import check_token_name
 from custom_diffusion.errors import UserError
-from custom_diffusion.models.vocabulary import add_words, check_new_words
+from custom_diffusion.models.vocabulary import add_words, check_new_words, pool_at_the_end
 
 logger = logging.getLogger("custom_diffusion")
 
@@ -123,11 +123,16 @@ class ModifierTokenEmbedding(nn.Module):
         return torch.where(is_modifier.unsqueeze(-1), learned, known)
 
 
-def train_new_words(text_encoders: Mapping[str, PreTrainedModel], modifier_tokens: ModifierTokens) -> None:
+def train_new_words(
+    text_encoders: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, CLIPTokenizer],
+    modifier_tokens: ModifierTokens,
+) -> None:
     """Put trainable rows for the modifier tokens behind the embedding table of every text encoder."""
     if not modifier_tokens.tokens:
         return
     for name, text_encoder in text_encoders.items():
+        pool_at_the_end(text_encoder, tokenizers[name])
         table = text_encoder.get_input_embeddings()
         assert isinstance(table, nn.Embedding)
         rows = table.weight.detach()[modifier_tokens.initializer_ids[name]].float().clone()

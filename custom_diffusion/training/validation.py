@@ -58,16 +58,17 @@ def split_images(args: argparse.Namespace, concepts: Sequence[ConceptEntry], ima
         return images, find_instance_images(others, args.masked_loss)
     if args.validation_split is None:
         return images, []
-    held_out: Images = []
-    for concept in concepts:
-        own = [pair for pair in images if pair[0].parent == concept.instance_folder]
+    held_out: set[Path] = set()
+    # Several concepts may share a folder, whose images then occur with a prompt of each.
+    for place in dict.fromkeys(concept.instance_folder for concept in concepts):
+        own = list(dict.fromkeys(path for path, _ in images if path.parent == place))
         if len(own) <= args.validation_split:
             raise UserError(
                 f"--validation_split {args.validation_split} would leave none of the {len(own)} images in "
-                f"{str(concept.instance_folder)!r} to train on: hold fewer out, or give --validation_data_dir"
+                f"{str(place)!r} to train on: hold fewer out, or give --validation_data_dir"
             )
-        held_out += own[-args.validation_split :]
-    return [pair for pair in images if pair not in held_out], held_out
+        held_out.update(own[-args.validation_split :])
+    return [pair for pair in images if pair[0] not in held_out], [pair for pair in images if pair[0] in held_out]
 
 
 def same_random_state(accelerator: Accelerator) -> AbstractContextManager[None]:
