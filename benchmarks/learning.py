@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument(
         "--gated",
         action="store_true",
-        help="Teach what acts only at its own words, without class images; with --apart, a third concept too, unmerged.",
+        help="Teach what acts only at its own words, without class images; with --apart, a third one too, unmerged.",
     )
     parser.add_argument(
         "--beside",

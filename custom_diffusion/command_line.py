@@ -122,6 +122,8 @@ def _as_flags(parser: argparse.ArgumentParser, action: argparse.Action, value: A
             parser.error(f"--config {str(path)!r}: {action.dest!r} is true or false, not {value!r}")
         return [flag] if value else []
     if action.nargs in ("+", "*"):
+        if value == []:
+            return []
         return [flag, *map(str, value if isinstance(value, list) else [value])]
     # action="append" too: the flag several times
     if isinstance(value, list) and (isinstance(action.default, list) or isinstance(action, OneOrSeveral)):

@@ -120,6 +120,7 @@ def test_prompt_dataset_fills_the_gaps() -> None:
 class Painter:
     """A base model whose images show their noise and how often it was asked."""
 
+    name = "painter"
     device = torch.device("cpu")
     scheduler: object = None
 
@@ -218,7 +219,9 @@ def test_images_of_one_class_are_not_taken_for_another(tmp_path: Path, caplog: p
     with pytest.raises(UserError, match=r"class' would hold class images of 'cat' and of 'plant': give each"):
         read_list(tmp_path, cats, plants)
     generate(read_list(tmp_path, cats))
-    assert json.loads((tmp_path / "class" / "class_images.json").read_text()) == {"class_prompt": "cat"}
+    assert json.loads((tmp_path / "class" / "class_images.json").read_text()) == {
+        "class_prompt": "cat", "base_model": "painter",
+    }  # fmt: skip
     with caplog.at_level(logging.WARNING, "custom_diffusion"):
         assert len(find_class_images([cats], 3, real_prior=False)) == 3
     assert not caplog.records, "the record is no broken image"

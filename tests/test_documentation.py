@@ -188,7 +188,7 @@ PROGRAMS = {path.name: str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")
 # Of programs of other projects, which the text names too.
 FOREIGN_FLAGS = {
     *("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "cpu", "quiet"),
-    *("nproc_per_node", "nnodes", "node_rank", "master_addr", "dynamo_backend", "compress", "check"),
+    *("exclude", "nproc_per_node", "nnodes", "node_rank", "master_addr", "dynamo_backend", "compress", "check"),
     # clip-retrieval and img2dataset
     *("input_dataset", "input_format", "num_prepro_workers", "distribution_strategy", "distributor", "enable_text"),
     *("provide_aesthetic_embeddings", "aesthetic_weight"),

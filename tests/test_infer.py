@@ -252,7 +252,7 @@ def test_a_mistake_gets_one_line(
     [
         ([], ["give a prompt"]),
         (["--prompts_file", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
-        (["--prompt", "x", "--num_images", "0"], ["--num_images", "at least 1"]),
+        (["--prompt", "x", "--num_images", "0"], ["--num_images", "less than 1"]),
         (["--prompt", "x", "--height", "100"], ["--height 100", "multiple of 8"]),
         (["--prompt", "x", "--scheduler", "fast"], ["--scheduler", "ddim"]),
     ],

@@ -99,13 +99,14 @@ def prepare_validation(run: Run, images: Images) -> list[dict[str, Any]]:
         latent_channels=run.configuration.latent_channels,
         num_train_timesteps=count,
     )
-    seen: Counter[Path] = Counter()
+    seen: Counter[tuple[Path, str]] = Counter()
     batches = []
     for position in positions:
-        path = dataset.draw(position).instance[0].path
+        sample = dataset.draw(position)
+        shown = (sample.instance[0].path, sample.instance_prompt)
         batch = collate([dataset[position]])
-        batch["timesteps"].fill_(count * (2 * seen[path] + 1) // (2 * TIMESTEPS))
-        seen[path] += 1
+        batch["timesteps"].fill_(count * (2 * seen[shown] + 1) // (2 * TIMESTEPS))
+        seen[shown] += 1
         batches.append(batch)
     return batches
 
