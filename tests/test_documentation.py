@@ -6,6 +6,7 @@ import ast
 import functools
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,8 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import merge
+import retrieve
+import train_custom_diffusion
 from tests.conftest import ROOT, draw_images, flags, run_script
 from tests.hub_server import Hub
+from tools import demo
 
 FOLDERS = (".", "docs", "base", "benchmarks", "demo", "examples", "tools", "tests")
 TRANSLATIONS = ("docs/README.zh-CN.md", "docs/README.ko.md")
@@ -492,3 +497,11 @@ def test_the_commands_of_diffusers_documentation(tokens: str, home: Path, hub: H
     run_block(DIFFUSERS_COMMANDS[tokens], home, "CompVis/stable-diffusion-v1-4", **environment)
     assert tokens_of(home / "path-to-save-model") == tokens.split("+")
     assert {f"{token}.bin" for token in tokens.split("+")} < set(hub.files["someone/path-to-save-model"])
+
+
+def test_the_commands_of_the_demo_are_command_lines() -> None:
+    programs = {"retrieve.py": retrieve, "train_custom_diffusion.py": train_custom_diffusion, "merge.py": merge}
+    for text in (demo.RETRIEVE, demo.TRAIN, demo.WEIGH):
+        words = shlex.split(text)
+        (place,) = (number for number, word in enumerate(words) if word in programs)
+        programs[words[place]].parse_args(words[place + 1 :])

@@ -128,7 +128,7 @@ def test_killed_at_every_step_it_continues(tmp_path, monkeypatch, stride):
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-    assert 8 < steps < 99
+    assert steps > 8 and process.exitcode == 0
 
 
 @pytest.mark.parametrize("rest", [0, 1, 40, -1])
@@ -153,6 +153,7 @@ def test_interrupted_politely_it_leaves_lists_and_can_continue(web, tmp_path):
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "real_reg/samples_cat"
     while len(list(folder.glob("images/*.jpg"))) < 5:
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=20)[1]
@@ -171,6 +172,7 @@ def test_two_runs_do_not_share_a_folder(web, tmp_path):
     arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--num_class_images", 3, "--url", web.url]
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while "/good/0.jpg" not in web.paths():
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.02)
     result = run(tmp_path, *arguments)
     assert result.returncode == 1 and "another run is filling 'cats'" in result.stderr

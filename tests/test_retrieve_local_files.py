@@ -345,6 +345,7 @@ def test_a_tar_whose_headers_are_no_numbers_is_broken_and_no_more(tmp_path, nest
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(file.getvalue())
     path = "mine" if nested else "x.tar"
-    result = run(tmp_path, "--class_prompt", "cat", "--path", path, "--num_class_images", 1, "--words", "")
-    assert "Traceback" not in result.stderr
-    assert "broken tar" in result.stderr + result.stdout or result.returncode == 0
+    result = run(tmp_path, "--class_prompt", "cat", "--path", path, "--num_class_images", 2, "--words", "")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "x.tar" in result.stderr and "is a broken tar" in result.stderr
+    assert len(lists(tmp_path / "real_reg/samples_cat")[0]) == 1

@@ -150,6 +150,7 @@ def test_a_short_pause_is_kept_by_all_threads_and_then_all_are_served(web, after
     first = threading.Thread(target=downloader.fetch, args=[f"{web.url}/first.jpg"])
     first.start()
     while not web.requests:
+        assert first.is_alive(), "it ended by itself"
         time.sleep(0.01)
     time.sleep(0.1)
     results = fetch_all(downloader, [f"{web.url}/{row}.jpg" for row in range(12)])
@@ -216,6 +217,7 @@ def test_after_a_pause_one_request_goes_ahead(web):
     starter = threading.Thread(target=downloader.fetch, args=[f"{web.url}/cat.jpg"])
     starter.start()
     while not web.requests:
+        assert starter.is_alive(), "it ended by itself"
         time.sleep(0.01)
     time.sleep(0.1)
     fetch_all(downloader, [f"{web.url}/cat.jpg"] * 6)
