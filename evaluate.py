@@ -9,25 +9,21 @@ from collections.abc import Sequence
 from custom_diffusion.command_line import (
     CONFIG_NAME,
     DEFAULT_MODEL,
+    DTYPES,
     HelpFormatter,
     add_base_model_flags,
-    denoising_steps,
+    add_sampling_flags,
     end_quietly_on_interrupt,
-    finite_number,
     import_diffusers,
     number_from_zero,
     parse_with_config,
     positive_int,
     run,
     save_config,
-    seed_number,
-    share,
     whole_number,
 )
 
 # The names alone: what they stand for takes seconds to import.
-SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
-DTYPES = ("fp32", "fp16", "bf16")
 PROMPTS = ("objects", "living")
 PLOT_NAME = "trade_off.svg"
 DINO = "facebook/dino-vits16"
@@ -70,13 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_images", type=positive_int, help="Images per prompt; if not given, 5, and 1 with --checkpoints.")
     add("--num_class_images", type=positive_int, default=200, help="Images of each plain class prompt, for KID.")
     add("--batch_size", type=positive_int, default=4, help="Images made at once.")
-    add("--seed", type=seed_number, default=42, help="Image i of each prompt starts from the noise of seed + i.")
-    add("--num_inference_steps", type=denoising_steps, default=100, help="Denoising steps.")
-    add("--guidance_scale", type=finite_number, default=6.0, help="How strictly the prompt is followed.")
-    add("--eta", type=share, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
-    add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
+    add_sampling_flags(add)
     add("--dtype", choices=DTYPES, help="Precision of sampling; if not given, fp16 on a GPU and fp32 on a CPU.")
-    add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
 
     add = parser.add_argument_group("measures").add_argument
     add("--clip", default="openai/clip-vit-base-patch32",

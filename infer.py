@@ -8,9 +8,10 @@ from pathlib import Path
 
 from custom_diffusion.command_line import (
     DEFAULT_MODEL,
+    DTYPES,
     HelpFormatter,
     add_base_model_flags,
-    denoising_steps,
+    add_sampling_flags,
     end_quietly_on_interrupt,
     finite_number,
     given_base_model,
@@ -19,14 +20,9 @@ from custom_diffusion.command_line import (
     positive_int,
     run,
     save_config,
-    seed_number,
-    share,
 )
 from custom_diffusion.files import read_text_again
 
-# The names alone: what they stand for takes seconds to import.
-SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
-DTYPES = ("fp32", "fp16", "bf16")
 # Flags that decide what an image looks like; they stand in its metadata.
 SETTINGS = ("model_dir", "negative_prompt", "num_inference_steps", "guidance_scale", "eta", "scheduler", "scale")
 
@@ -49,20 +45,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_base_model_flags(parser, "the one that the concept's card names")
     add("--num_images", type=positive_int, default=1, help="Images per prompt.")
     add("--batch_size", type=positive_int, default=1, help="Images made at once; more is faster and takes more memory.")
-    add("--seed", type=seed_number, default=42, help="Image i of each prompt starts from the noise of seed + i.")
-    add("--num_inference_steps", type=denoising_steps, default=100, help="Denoising steps.")
-    add("--guidance_scale", type=finite_number, default=6.0, help="How strictly the prompt is followed.")
-    add("--eta", type=share, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
+    add_sampling_flags(add)
     add("--height", type=int, help="Height in pixels; if not given, the base model's.")
     add("--width", type=int, help="Width in pixels; if not given, the base model's.")
     add("--negative_prompt", help="What should not be in the images.")
-    add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
     add("--no_safety_checker", action="store_true",
         help="Leave out the base model's safety checker, if it has one; read its licence first.")
     add("--dtype", choices=DTYPES,
         help="Precision; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny models), or else "
         "fp32.")
-    add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
     add("--scale", type=finite_number, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
     add("--output_dir", default="samples",

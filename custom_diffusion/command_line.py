@@ -23,6 +23,9 @@ from custom_diffusion.files import read_text_again, write_bytes
 from custom_diffusion.text import first_line
 
 CONFIG_NAME = "config.yaml"
+# The names alone: what they stand for takes seconds to import.
+SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
+DTYPES = ("fp32", "fp16", "bf16")
 DEFAULT_MODEL = "custom-diffusion-model"  # where training writes, and where the other commands look
 
 
@@ -250,6 +253,16 @@ def add_base_model_flags(parser: argparse.ArgumentParser, otherwise: str) -> Non
         help="Folder or Hub id of another VAE than the base model's, such as madebyollin/sdxl-vae-fp16-fix; if not "
         "given, the one of training.",
     )
+
+
+def add_sampling_flags(add: Callable[..., Any]) -> None:
+    """Add the flags that say how images are drawn; ``add`` is ``add_argument`` of a parser or a group of it."""
+    add("--seed", type=seed_number, default=42, help="Image i of each prompt starts from the noise of seed + i.")
+    add("--num_inference_steps", type=denoising_steps, default=100, help="Denoising steps.")
+    add("--guidance_scale", type=finite_number, default=6.0, help="How strictly the prompt is followed.")
+    add("--eta", type=share, default=1.0, help="DDIM's noise: 0 is deterministic DDIM, 1 is as noisy as DDPM.")
+    add("--scheduler", default="ddim", choices=SCHEDULERS, help="Sampler; dpmsolver++ needs only 25 steps.")
+    add("--device", help="Such as cuda, cuda:1, mps or cpu; if not given, the best there is.")
 
 
 def given_base_model(args: argparse.Namespace) -> dict[str, str | None]:

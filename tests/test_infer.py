@@ -23,6 +23,7 @@ import export
 import infer
 import merge
 import train_custom_diffusion
+from custom_diffusion.command_line import SCHEDULERS
 from custom_diffusion.concept.applying import apply_concepts
 from custom_diffusion.concept.cards import model_card
 from custom_diffusion.concept.files import find_base_model, load_concept, save_concept
@@ -115,7 +116,7 @@ def test_a_side_that_is_not_given_is_the_base_models(
     assert [pixels(path).shape for path in images_of(tmp_path)] == [shape]
 
 
-@pytest.mark.parametrize("name", infer.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(name: str, trained: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path), *FEW]
     infer.main([*argv, "--scheduler", name])
@@ -444,7 +445,7 @@ def test_a_run_beside_another_replaces_none_of_its_images(
 
 def test_samplers_and_negative_prompts_change_the_image(trained: Path, tmp_path: Path) -> None:
     more = {"plain": [], "not": ["--negative_prompt", "a dog on the grass"]}
-    more |= {name: ["--scheduler", name] for name in infer.SCHEDULERS if name != "ddim"}
+    more |= {name: ["--scheduler", name] for name in SCHEDULERS if name != "ddim"}
     for name, options in more.items():
         argv = ["--prompt", "<new1>", "--model_dir", str(trained), "--output_dir", str(tmp_path / name), *FEW]
         infer.main([*argv, *options])

@@ -15,6 +15,7 @@ from PIL import Image
 
 import infer
 from custom_diffusion import UserError
+from custom_diffusion.command_line import SCHEDULERS
 from custom_diffusion.models.samplers import build_sampler
 from tools.base.train_unet import new_scheduler
 
@@ -42,12 +43,12 @@ def saved(scheduler: Any) -> dict[str, Any]:
 def test_no_class_leaves_a_trace(prediction: str) -> None:
     assert len(CLASSES) >= 15
     reference = new_scheduler(prediction)
-    expected = {name: configuration(build_sampler(name, saved(reference))) for name in infer.SCHEDULERS}
+    expected = {name: configuration(build_sampler(name, saved(reference))) for name in SCHEDULERS}
     for name in CLASSES:
         kind = getattr(diffusers, name)
         # Made from a model's configuration, and with the class's own defaults for all that is not about training.
         for scheduler in (kind.from_config(reference.config), kind(**TRAINING, prediction_type=prediction)):
-            for sampler in infer.SCHEDULERS:
+            for sampler in SCHEDULERS:
                 assert configuration(build_sampler(sampler, saved(scheduler))) == expected[sampler], name
 
 
@@ -60,7 +61,7 @@ def test_no_class_leaves_a_trace(prediction: str) -> None:
         {"skip_prk_steps": False}, {"sigma_min": 0.1, "sigma_max": 9.0}, {"lower_order_final": False},
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("sampler", infer.SCHEDULERS)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_no_setting_of_another_sampler_leaves_a_trace(sampler: str, settings: dict[str, Any]) -> None:
     reference = saved(new_scheduler("epsilon"))
     sampled = build_sampler(sampler, reference | settings)
@@ -74,7 +75,7 @@ def test_the_default_is_stable_diffusions_ddim() -> None:
     assert configuration(sampler) == configuration(reference)
 
 
-@pytest.mark.parametrize("sampler", infer.SCHEDULERS)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_how_the_model_was_trained_stays(sampler: str) -> None:
     trained = {"num_train_timesteps": 500, "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
     config = build_sampler(sampler, trained | {"prediction_type": "v_prediction"}).config
