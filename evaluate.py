@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Sequence
 
 from custom_diffusion.command_line import (
-    CONFIG_NAME,
     DEFAULT_MODEL,
     DTYPES,
     HelpFormatter,
@@ -25,7 +24,7 @@ from custom_diffusion.command_line import (
 
 # The names alone: what they stand for takes seconds to import.
 PROMPTS = ("objects", "living")
-PLOT_NAME = "trade_off.svg"
+PLOT_NAME, FLAGS_NAME = "trade_off.svg", "evaluation.yaml"
 DINO = "facebook/dino-vits16"
 
 
@@ -126,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    is_shown = args.output_dir is None and args.images_dir is None
     args.output_dir = args.output_dir or default_output_dir(args)
+    is_shown = args.output_dir == default_output_dir(args) and args.images_dir is None
     if args.images_dir is not None:
         evaluation = evaluate_images(args)
     else:
         evaluation = evaluate_checkpoints(args) if args.checkpoints else evaluate_concept(args)
     folder = Path(args.output_dir)
     write_results(evaluation, folder)
-    save_config(args, folder / CONFIG_NAME)
+    save_config(args, folder / FLAGS_NAME)  # beside images or a concept, config.yaml is theirs
     plot = trade_off(evaluation.as_json())
     if plot:
         write_bytes(folder / PLOT_NAME, plot.encode())

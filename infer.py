@@ -50,14 +50,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="Width in pixels; if not given, the base model's.")
     add("--negative_prompt", help="What should not be in the images.")
     add("--no_safety_checker", action="store_true",
-        help="Leave out the base model's safety checker, if it has one; read its licence first.")
+        help="Leave out the base model's safety checker, if it has one, and XL's watermark; read its licence first.")
     add("--dtype", choices=DTYPES,
         help="Precision; if not given, fp16 on a GPU, bf16 on a CPU that computes it (but for tiny models), or else "
         "fp32.")
     add("--scale", type=finite_number, nargs="+", default=[1.0],
         help="Strength of the learned weights: 0 is the base model's attention. One, or one for each --model_dir.")
     add("--output_dir", default="samples",
-        help="Where the images are written; none there is replaced, but for contact_sheet.png.")
+        help="Where the images are written. Existing images are not replaced; contact_sheet.png is.")
     args = parse_with_config(parser, argv)
 
     if args.prompts_file is not None:

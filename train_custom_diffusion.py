@@ -31,7 +31,7 @@ from custom_diffusion.command_line import (
     switch,
 )
 from custom_diffusion.errors import UserError
-from custom_diffusion.training.environment import follow_configuration, runs_on_cpu
+from custom_diffusion.training.environment import MOST_STEPS, follow_configuration, runs_on_cpu
 from custom_diffusion.training.trackers import tracker_problem
 
 # diffusers' and accelerate's names, which would take seconds to import.
@@ -285,6 +285,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, (least, above) in RANGES.items():
         if not least <= getattr(args, name) < above:
             parser.error(f"--{name} {getattr(args, name)} is not at least {least:g} and below {above:g}")
+    if (args.max_train_steps or 0) > MOST_STEPS:
+        parser.error(f"--max_train_steps {args.max_train_steps} is more than {MOST_STEPS}")
     if not args.max_grad_norm > 0:
         parser.error(f"--max_grad_norm {args.max_grad_norm} is not above 0, so nothing would be learned")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= LAST_POLYNOMIAL_RATE and not args.scale_lr:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from custom_diffusion.errors import Interrupted, UserError
+from custom_diffusion.errors import Interrupted, UserError, is_out_of_memory
 from custom_diffusion.files import read_text_again, write_bytes
 from custom_diffusion.text import first_line
 
@@ -309,7 +309,7 @@ def run(
         try:
             main()
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(f"there is not enough memory ({first_line(error)}): {needs_memory}") from error
     except UserError as error:
@@ -323,12 +323,6 @@ def run(
         if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
             print(interruption if isinstance(interruption, Interrupted) else interrupted, file=sys.stderr)
         sys.exit(getattr(interruption, "exit_code", 128 + signal.SIGINT))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, a GPU or torch's allocator on a CPU had no memory left."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 def import_diffusers(needed: str | None = None) -> None:

@@ -7,6 +7,12 @@ class UserError(ValueError):
     """Something that the user gave is wrong; the message is one line that names it and the way out."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU or torch's allocator on a CPU had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and its checkpoint is written.
 

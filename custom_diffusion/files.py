@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +70,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     is_new = not Path(path).exists()
     folder = output_folder(path)
+    remove_half_written(folder)  # of the same command, if that was killed
     occupied = next(folder.iterdir(), None)
     if occupied is not None:
         raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
@@ -78,10 +79,17 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         # Half a result would keep the same command from being run again.
         for path in folder.iterdir() if folder.is_dir() else ():
-            remove_tree(path)
+            with suppress(OSError):  # such as a file that a network's disk still holds: the first error counts
+                remove_tree(path)
         if is_new and folder.is_dir():
-            folder.rmdir()
+            with suppress(OSError):
+                folder.rmdir()
         raise
+
+
+def is_same_folder(one: str, other: str) -> bool:
+    """Whether two names are of one folder on this machine."""
+    return Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other)
 
 
 def remove_tree(path: Path) -> None:
@@ -201,4 +209,4 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def remove_half_written(folder: Path) -> None:
     """Remove what :func:`write_whole` has left in a folder where the process was killed."""
     for path in folder.glob(f"{_HALF_WRITTEN[0]}*{_HALF_WRITTEN[1]}"):
-        path.unlink(missing_ok=True)
+        remove_tree(path)

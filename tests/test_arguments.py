@@ -296,6 +296,7 @@ def test_a_mistake_gets_one_line_before_any_weights_are_read(
         ({"with_prior_preservation": True}, ["--class_data_dir", "--class_prompt"]),
         ({"real_prior": True}, ["--real_prior", "--with_prior_preservation"]),
         ({"max_train_steps": 0}, ["--max_train_steps", "less than 1"]),
+        ({"max_train_steps": 10**20}, ["--max_train_steps", "more than 1000000"]),
         ({"train_batch_size": "two"}, ["--train_batch_size", "two"]),
         ({"freeze_model": "all"}, ["--freeze_model", "crossattn_kv"]),
         ({"hflip": "maybe"}, ["--hflip", "True nor False"]),

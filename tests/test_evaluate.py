@@ -459,7 +459,7 @@ def test_an_evaluation_is_repeated_by_its_file(
     trained: Path, images: Path, tmp_path: Path, clip: Path, prompts: Path
 ) -> None:
     evaluate.main(argv_of(trained, images, tmp_path / "out", clip, "--no_controls"))
-    again = evaluate.parse_args(["--config", str(tmp_path / "out" / "config.yaml")])
+    again = evaluate.parse_args(["--config", str(tmp_path / "out" / "evaluation.yaml")])
     assert again.no_controls and again.model_dir == str(trained)
 
 

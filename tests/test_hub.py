@@ -66,6 +66,8 @@ def test_push_and_load_again(hub: Hub, base_model: Path, images: Path, tmp_path:
         assert content == (tmp_path / "my-cat" / name).read_bytes(), name
         assert b"hf_secret" not in content
     assert "Bearer hf_secret" in hub.tokens
+    # A run that repeats it with --config goes into a repository of its own.
+    assert "hub_model_id" not in (tmp_path / "my-cat" / "config.yaml").read_text()
     card = ModelCard.load(tmp_path / "my-cat" / "README.md").data
     assert card.base_model == "someone/tiny"
     assert card.to_dict()["widget"] == [{"text": "<new1>", "output": {"url": "image_0.png"}}]

@@ -31,7 +31,7 @@ from tests.retrieval_web import SCRIPT, command
         (["--class_prompt", "///", "--path", "."], "makes no name for a folder"),
         (["--class_prompt", "cat", "--class_data_dir", "a\nb", "--path", "."], "no name of a folder"),
         (["--class_prompt", "cat", "--max_size", "100"], "less than --min_size"),
-        (["--class_prompt", "cat", "--timeout", "0"], "0 is not above 0"),
+        (["--class_prompt", "cat", "--timeout", "0"], "0 is not a finite number above 0"),
         (["--class_prompt", "cat", "--contact", "a\nb"], "--contact goes into a header"),
         (["--class_prompt", "cat", "--class_data_dir", "/dev/null/x", "--path", "."], "cannot be written to"),
         (["--concepts_list", "nowhere.json"], "cannot be read: No such file"),

@@ -158,3 +158,30 @@ def test_hidden_files_of_others_are_left_alone(tmp_path, web):
     arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images", 1]
     run(tmp_path, *arguments)
     assert all(path.read_text() == "mine" for path in others)
+
+
+def test_a_run_that_was_killed_between_two_lists_mixes_up_no_captions(tmp_path, web):
+    serve_good(web, 4)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images"]
+    run(tmp_path, *arguments, 3)
+    captions, _, images = lists(tmp_path / "cats")
+    (tmp_path / "cats/images/1.jpg").unlink()
+    (tmp_path / "cats/images.txt").write_text(f"{images[0]}\n{images[2]}\ncats/images/3.jpg\n")
+    assert run(tmp_path, *arguments, 3).returncode == 0
+    found, _, names = lists(tmp_path / "cats")
+    assert [name.split("/")[-1] for name in names] == ["0.jpg", "2.jpg", "3.jpg"]
+    assert found[:2] == [captions[0], captions[2]]
+
+
+@pytest.mark.parametrize("change", ["a line less", "Latin-1"])
+def test_edited_captions_that_belong_to_no_image_are_not_lost(tmp_path, web, change):
+    serve_good(web, 3)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images", 3]
+    run(tmp_path, *arguments)
+    mine = (
+        b"my own words\nand more\n" if change == "a line less" else "mein K\xe4tzchen\nzwei\ndrei\n".encode("latin-1")
+    )
+    (tmp_path / "cats/caption.txt").write_bytes(mine)
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 1 and "holds captions of your own" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "cats/caption.txt").read_bytes() == mine

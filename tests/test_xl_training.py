@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 
 import train_custom_diffusion
 from custom_diffusion.concept.applying import apply_concepts
-from custom_diffusion.concept.files import load_concept
+from custom_diffusion.concept.files import Concept, load_concept
 from custom_diffusion.data.views import Renderer, View
 from custom_diffusion.errors import UserError
 from custom_diffusion.models.families import StableDiffusionXL
@@ -125,11 +126,17 @@ def test_what_sums_up_a_prompt_is_its_end_and_not_the_new_word(
     def pooled(prompt: str) -> torch.Tensor:
         return pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[2]
 
+    other = StableDiffusionXLPipeline(**{**pipeline.components, "unet": copy.deepcopy(pipeline.unet)})
     before, end = pooled("a cat"), pipeline.text_encoder_2.config.eos_token_id
     applied = apply_concepts(pipeline, load_concept(tmp_path))
     assert not torch.allclose(pooled("photo of a <new1> cat"), pooled("photo of a <new1> dog"), atol=1e-4)
     assert torch.equal(pooled("a cat"), before), "prompts without new words are summed up as before"
+    # Another pipeline with the same text encoders keeps what it needs; the last concept that goes leaves all as before.
+    concept = load_concept(tmp_path)
+    also = apply_concepts(other, Concept({}, {"<new2>": concept.tokens["<new1>"]}))
     applied.remove()
+    assert not torch.allclose(pooled("photo of a <new2> cat"), pooled("photo of a <new2> dog"), atol=1e-4)
+    also.remove()
     assert pipeline.text_encoder_2.config.eos_token_id == end
 
 

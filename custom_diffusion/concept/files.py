@@ -17,6 +17,7 @@ Files of strangers are read as safetensors or with ``weights_only=True``, so tha
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from custom_diffusion.files import has_hub_form, is_hub_id, read_text, write_by_
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import FAMILIES, family_with
 from custom_diffusion.text import first_line
+
+logger = logging.getLogger("custom_diffusion")
 
 WEIGHTS_STEM = "pytorch_custom_diffusion_weights"
 DELTA_STEMS = ("delta", "compressed_delta")  # as the authors' training and their compress.py name the file
@@ -148,6 +151,14 @@ def check_token_name(token: str) -> None:
         raise UserError(f"the modifier token {token!r} is the name of the weights file; take another one")
 
 
+def _is_token_name(token: str) -> bool:
+    try:
+        check_token_name(token)
+    except UserError:
+        return False
+    return True
+
+
 def save_concept(
     concept: Concept, folder: str | os.PathLike, safetensors_too: bool = True, bin_too: bool = True
 ) -> list[str]:
@@ -200,16 +211,18 @@ def save_concept(
     return written
 
 
-def remove_concept(folder: Path) -> None:
-    """Remove the weights and tokens that :func:`load_concept` would read in a folder; its other files stay.
+def concept_files(folder: Path) -> list[Path]:
+    """The files of weights and tokens that :func:`load_concept` would read in a folder, in both formats.
 
     Raises:
         UserError: for a damaged file, which may be a token's.
     """
+    found = []
     for ending in (".safetensors", ".bin"):
         for stem, path in _weight_files(folder, (ending,)).items():
-            if stem == WEIGHTS_STEM or _vectors_of_token(path, stem, _read_tensors(path)):
-                path.unlink()
+            if stem == WEIGHTS_STEM or (_is_token_name(stem) and _vectors_of_token(path, stem, _read_tensors(path))):
+                found.append(path)
+    return found
 
 
 def load_concept(source: str | os.PathLike) -> Concept:
@@ -270,8 +283,10 @@ def _read_own_files(
             if foreign is not None:
                 raise UserError(f"{path} is no Custom Diffusion file: it holds {foreign!r}")
         elif vectors := _vectors_of_token(path, stem, content):
-            check_token_name(stem)
-            tokens[stem] = vectors
+            if _is_token_name(stem):
+                tokens[stem] = vectors
+            else:
+                logger.warning(f"{str(path)!r} is left out: no word can have that name")
     return attention, differences, tokens, gates
 
 

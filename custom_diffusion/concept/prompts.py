@@ -10,7 +10,7 @@ from custom_diffusion.concept.files import Concept
 # Before the prompts of images that the augmentation made much smaller, or larger (paper, appendix; the example).
 SMALL_WORDS = ("a far away ", "very small ")
 LARGE_WORDS = ("zoomed in ", "close up ")
-_CLASS = r"\s+([^,.;:!?<>\"`$\\|&(){}\[\]\x00-\x1f\x7f-\x9f]+)"
+_CLASS = r"\s+([^,.;:!?<>\"`$\\\x00-\x1f\x7f-\x9f]+)"
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Folders of class images: which concepts share one, and of which class prompt the generated ones are."""
+"""Folders of class images: which concepts share one, and of which prompt and base model the generated ones are."""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ from custom_diffusion.models.vocabulary import embedding_table
 from custom_diffusion.text import slug
 
 # Flags that decide what an image looks like; they stand in its metadata.
+# What earlier versions did not write into it.
+ADDED = ("dtype", "revision", "tokenizer", "vae")
 SAMPLING = ("num_inference_steps", "guidance_scale", "eta", "scheduler")
 
 
@@ -82,6 +84,8 @@ class Studio:
             "base_model": model.name,
             "dtype": self.args.dtype or usual_precision(self.device),
             **{"revision": model.revision, "tokenizer": model.tokenizer, "vae": model.other_vae},
+            # Earlier versions took the first new word for the end of XL's prompts.
+            **({"pooled": "at the end"} if model.family().reads_time_ids else {}),
         }
 
     def untrained(self, tokens: Sequence[str], initializers: Sequence[str]) -> Concept:
@@ -194,11 +198,12 @@ def _check_settings(folder: Path, wanted: Mapping[Path, Job], settings: Mapping[
         if metadata.get("prompt") != wanted[path].prompt:
             # Its name has 60 letters and digits of the prompt.
             raise UserError(f"{str(path)!r} is of the prompt {metadata.get('prompt')!r}: {advice}")
-        # Earlier versions did not write all of them.
-        different = [name for name in settings if name in others and others[name] != settings[name]]
+        different = [
+            name for name in settings if (name in others or name not in ADDED) and others.get(name) != settings[name]
+        ]
         if different:
             name = different[0]
             raise UserError(
-                f"{str(folder)!r} holds images made with {name} {others[name]!r} rather than {settings[name]!r}: "
+                f"{str(folder)!r} holds images made with {name} {others.get(name)!r} rather than {settings[name]!r}: "
                 f"{advice}"
             )

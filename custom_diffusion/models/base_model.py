@@ -99,7 +99,7 @@ class BaseModel:
         """The whole pipeline.
 
         Args:
-            safety_checker: load the model's, if it has one.
+            safety_checker: load the model's, if it has one; for XL, draw its watermark where diffusers would.
             options: go to ``from_pretrained``.
         """
         family = self.family()

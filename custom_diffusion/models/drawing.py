@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from custom_diffusion.errors import UserError
+from custom_diffusion.errors import UserError, is_out_of_memory
 from custom_diffusion.machine import computes_bf16
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.samplers import load_sampler
@@ -83,6 +83,8 @@ def put_on(part: Placeable, device: str) -> Placeable:
     try:
         return part.to(device)
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--device {device!r} cannot be used: {first_line(error)}") from error
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from custom_diffusion.errors import UserError
 
+# What a text encoder was, where words were added to it: the number of the end that its configuration gave.
+_FORMER_END = "_end_before_words"
+
 # --- what a tokenizer makes of words -------------------------------------------------------------
 
 
@@ -77,14 +80,19 @@ def limit_length(tokenizer: Any, text_config: Any) -> Any:
     return tokenizer
 
 
-def pool_at_the_end(text_encoder: Any, tokenizer: Any) -> None:
+def pool_at_the_end(text_encoder: Any, tokenizer: Any) -> bool:
     """Let the features that sum up a text, which Stable Diffusion XL's UNet is told, be those at its end.
 
     Older configurations, XL's among them, give 2 as the number of the end. transformers then takes the entry with the
     highest number for it: a word that was added, so that nothing behind the first of these words would count.
+
+    Returns:
+        Whether the text encoder was changed.
     """
-    if text_encoder.config.eos_token_id == 2:
-        set_end(text_encoder, tokenizer.eos_token_id)
+    if text_encoder.config.eos_token_id != 2:
+        return False
+    set_end(text_encoder, tokenizer.eos_token_id)
+    return True
 
 
 def set_end(text_encoder: Any, number: int) -> None:
@@ -154,7 +162,6 @@ class AddedWords:
         first: how many words the tokenizer had before.
         rows: how many rows the text encoder's table had before.
         covered_rows: what stood in the words' rows, as far as the table had them.
-        end: the number of the end of a text, as the text encoder's configuration gave it.
     """
 
     words: tuple[str, ...]
@@ -163,16 +170,14 @@ class AddedWords:
     first: int
     rows: int
     covered_rows: Tensor
-    end: int
 
     @torch.no_grad()
     def remove(self) -> None:
         """Take the words out; those that others have added since stay, and so do their embeddings."""
-        if self.end != self.text_encoder.config.eos_token_id:
-            set_end(self.text_encoder, self.end)
         added = self.tokenizer.get_added_vocab()
         ids = sorted(added[word] for word in self.words if word in added)
         if not ids:
+            self._give_back_the_end()
             return
         end = len(self.tokenizer)
         _remove_from_tokenizer(self.tokenizer, self.words)
@@ -187,6 +192,15 @@ class AddedWords:
         if has_spare_rows:
             covered = self.covered_rows[count - self.first :]
             embedding_table(self.text_encoder)[count : count + len(covered)] = covered
+        self._give_back_the_end()
+
+    def _give_back_the_end(self) -> None:
+        """Undo :func:`pool_at_the_end`, when no word is left that could be taken for the end."""
+        end = getattr(self.text_encoder, _FORMER_END, None)
+        words = self.tokenizer.get_added_vocab().values()
+        if end is not None and max(words, default=0) <= self.tokenizer.eos_token_id:
+            set_end(self.text_encoder, end)
+            delattr(self.text_encoder, _FORMER_END)
 
 
 def put_words(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) -> AddedWords:
@@ -197,9 +211,10 @@ def put_words(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) 
     """
     table, first = embedding_table(text_encoder), len(tokenizer)
     covered_rows = table[first : first + len(vectors)].detach().clone()
-    end = text_encoder.config.eos_token_id
-    added = AddedWords(tuple(vectors), tokenizer, text_encoder, first, len(table), covered_rows, end)
-    pool_at_the_end(text_encoder, tokenizer)
+    added = AddedWords(tuple(vectors), tokenizer, text_encoder, first, len(table), covered_rows)
+    former_end = text_encoder.config.eos_token_id
+    if pool_at_the_end(text_encoder, tokenizer):
+        setattr(text_encoder, _FORMER_END, former_end)
     add_words(tokenizer, added.words)
     add_embeddings(text_encoder, tokenizer, vectors)
     return added

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from custom_diffusion.data.class_lists import LISTS, lines_of, read_lists, without_blank_end, write_lists
+from custom_diffusion.data.class_lists import CAPTIONS, IMAGES, LISTS, lines_of, without_blank_end, write_lists
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import remove_half_written
+from custom_diffusion.files import read_text, remove_half_written
 from custom_diffusion.images import contact_sheet, load_image, write_image
 from custom_diffusion.retrieval.checking import CheckedImage
 from custom_diffusion.retrieval.fingerprints import Fingerprint, SeenImages
@@ -33,8 +33,8 @@ class ClassFolder:
     """The images of one class: ``images/``, ``sources.jsonl``, and the lists that training reads.
 
     ``sources.jsonl`` has a line for every image with its origin, caption, licence and fingerprint. It is what a run
-    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it, but for captions that
-    someone has edited. An image is written under a hidden name first, then its line, and then it gets its name:
+    that continues starts from; ``caption.txt``, ``urls.txt`` and ``images.txt`` follow from it, except for captions
+    that someone has edited. An image is written under a hidden name first, then its line, and then it gets its name:
     whenever a run is killed, the next one knows what to finish.
 
     Args:
@@ -221,14 +221,30 @@ class ClassFolder:
         remove_half_written(self.path)
 
     def _take_edited_captions(self) -> None:
-        """What someone has written into the list of captions stands, rather than what was retrieved."""
-        try:
-            listed = read_lists(self.path, "")
-        except UserError:  # not there, or no longer line by line about the same images
+        """What someone has written into the list of captions stands, rather than what was retrieved.
+
+        Raises:
+            UserError: where nobody can say to which images they belong.
+        """
+        path = self.path / CAPTIONS
+        if not self.records or not path.is_file():
             return
-        captions = {path.name: one_line(caption) for path, caption in listed}
-        for record in self.records:
-            record["caption"] = captions.get(record["file"], record["caption"])
+        try:
+            captions, origins, names = without_blank_end([lines_of(read_text(self.path / name)) for name in LISTS])
+        except (OSError, UnicodeDecodeError):
+            captions, origins, names = lines_of(path.read_bytes().decode("utf-8", "replace")), [], []
+        records = {record["file"]: record for record in self.records}
+        listed = [records.get(Path(name.strip()).name) for name in names]
+        if [record and record["url"] for record in listed] == origins and len(captions) == len(origins):
+            for record, caption in zip(listed, captions, strict=True):
+                assert record is not None
+                record["caption"] = one_line(caption) or record["caption"]
+        # Else a run was killed between two lists, which are then written again, or someone has changed their lines.
+        elif {one_line(caption) for caption in captions} - {record["caption"] for record in self.records} - {""}:
+            raise UserError(
+                f"{str(path)!r} holds captions of your own, and no longer a line for each line of {IMAGES}: give each "
+                "image its line, or remove the file to have the captions that were retrieved"
+            )
 
     def _adopt(self) -> None:
         """Take over what diffusers' example has retrieved: the lists without a ``sources.jsonl``."""

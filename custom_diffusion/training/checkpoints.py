@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from custom_diffusion.command_line import CONFIG_NAME
 from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
-from custom_diffusion.concept.files import CARD_NAME, WEIGHTS_STEM, remove_concept
+from custom_diffusion.concept.files import CARD_NAME, WEIGHTS_STEM, concept_files
 from custom_diffusion.errors import UserError
 from custom_diffusion.files import remove_half_written, remove_tree
 from custom_diffusion.text import first_line
@@ -99,7 +100,8 @@ def put_checkpoint(temporary: Path, path: Path, limit: int | None) -> None:
     if path.exists():
         path.rename(replaced)
     temporary.rename(path)
-    remove_tree(replaced)
+    with suppress(OSError):  # the next run clears it away
+        remove_tree(replaced)
     if limit is not None:
         # Only up to this step: later ones are of an earlier, longer run in the same folder.
         own = [older for older in list_checkpoints(path.parent) if checkpoint_step(older) <= checkpoint_step(path)]
@@ -164,7 +166,8 @@ def check_output_dir(
 
     Raises:
         UserError: where another run is there, or was checkpointed, or the checkpoint is beyond the run's end, or files
-            are there that no run has left and this one would replace.
+            are there that no run has left and this one would replace; and where nobody knows what to overwrite, see
+            :func:`files.concept_files`.
     """
     advice = "give another --output_dir, or --overwrite"
     if checkpoint is not None:
@@ -173,21 +176,25 @@ def check_output_dir(
         # One without settings may be of another run altogether, which its weights will show.
         if max_train_steps is not None and path.is_file():
             check_is_within(checkpoint, max_train_steps)
-    elif not overwrite and (folder / SETTINGS_NAME).is_file():
+    elif overwrite:
+        concept_files(folder)
+    elif (folder / SETTINGS_NAME).is_file():
         if has_result(folder):
             check_settings(settings, folder / SETTINGS_NAME, advice)
-    elif not overwrite:
+    else:
         # A concept that was merged or downloaded, or the user's own files.
         for pattern in ("checkpoint-*", f"{WEIGHTS_STEM}.*", CARD_NAME, CONFIG_NAME, "image_*.png"):
             for path in folder.glob(pattern):
                 if config is None or path.resolve() != Path(config).resolve():
-                    raise UserError(f"{str(path)!r} is there already, and no training has left it: {advice}")
+                    raise UserError(f"{str(path)!r} already exists and was not written by training: {advice}")
 
 
 def claim_output_dir(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Leave the settings in the output folder; with ``overwrite``, remove what another run has learned first."""
     if overwrite:
+        learned = concept_files(folder)
         for path in list_checkpoints(folder):
             remove_checkpoint(path)
-        remove_concept(folder)
+        for path in learned:
+            path.unlink()
     write_settings(settings, folder)

@@ -20,6 +20,8 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
 
+MOST_STEPS = 1_000_000  # of a run; each of them is planned ahead
+
 
 def follow_configuration(args: argparse.Namespace, given: Collection[str]) -> None:
     """Write into the flags what accelerate's configuration asks for where they were not given.

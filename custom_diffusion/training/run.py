@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from custom_diffusion.command_line import CONFIG_NAME, save_config
+from custom_diffusion.command_line import CONFIG_NAME, config_text
 from custom_diffusion.concept.checkpoint_folders import checkpoint_step, list_checkpoints
 from custom_diffusion.concept.files import Concept, load_concept
 from custom_diffusion.data.batches import collate_fn, position_batches
 from custom_diffusion.data.caching import encode_images, encode_posterior, encode_texts, sample_latents
 from custom_diffusion.data.concept_list import ConceptEntry
 from custom_diffusion.data.dataset import CustomDiffusionDataset
-from custom_diffusion.errors import UserError
-from custom_diffusion.files import output_folder
+from custom_diffusion.errors import UserError, is_out_of_memory
+from custom_diffusion.files import output_folder, write_bytes
 from custom_diffusion.machine import computes_bf16, return_freed_memory, use_all_cores
 from custom_diffusion.models.base_model import ModelConfiguration
 from custom_diffusion.text import first_line
@@ -54,7 +54,7 @@ from custom_diffusion.training.checkpoints import (
     remove_leftovers,
     way_on,
 )
-from custom_diffusion.training.environment import contradictions
+from custom_diffusion.training.environment import MOST_STEPS, contradictions
 from custom_diffusion.training.history import History
 from custom_diffusion.training.lock import lock_folder
 from custom_diffusion.training.objective import CustomDiffusion
@@ -71,7 +71,6 @@ from custom_diffusion.training.signals import leave_signals_to_the_run
 
 logger = logging.getLogger("custom_diffusion")
 
-MOST_STEPS = 1_000_000
 LATENTS_NAME = "latents"  # folder of --keep_latents in --output_dir
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that depend on the run's length
 
@@ -223,6 +222,7 @@ def open_output_dir(
     lock_folder(Path(args.output_dir))
     folder = Path(args.output_dir)
     check_output_dir(folder, settings, checkpoint, args.overwrite, args.max_train_steps, args.config)
+    flags = config_text(args)  # as they were given: another run has another repository
     try:
         config = {name: value for name, value in vars(args).items() if name != "hub_token"}
         if isinstance(args.validation_prompt, list):  # trackers take single values
@@ -237,7 +237,7 @@ def open_output_dir(
         args.hub_model_id = create_hub_repository(name, args.hub_token)
     # Last: whoever refuses before this leaves what is there as it was.
     claim_output_dir(folder, settings, args.overwrite and checkpoint is None)
-    save_config(args, folder / CONFIG_NAME)
+    write_bytes(folder / CONFIG_NAME, flags)
 
 
 # --- what is trained, and on what ----------------------------------------------------------------
@@ -249,13 +249,13 @@ def plan_steps(
     """The optimizer steps to take: up to ``--max_train_steps`` or the end of ``--num_train_epochs`` passes.
 
     Raises:
-        UserError: for more than anyone waits for, all of which would be planned.
+        UserError: for too many steps; each of them is planned ahead.
     """
     batches_per_epoch = math.ceil(len(dataset) / (args.train_batch_size * num_processes))
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     if total > MOST_STEPS:
-        raise UserError(f"{total} steps are more than {MOST_STEPS}: give a smaller --max_train_steps")
+        raise UserError(f"--num_train_epochs gives {total} steps, more than {MOST_STEPS}: give a smaller number")
     return range(0 if checkpoint is None else checkpoint_step(checkpoint), total)
 
 
@@ -448,6 +448,8 @@ def load_state(run: Run, state: Path) -> None:
     try:
         run.accelerator.load_state(str(state))
     except Exception as error:  # accelerate, torch, pickle and safetensors each raise their own
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{str(state)!r} cannot be read ({first_line(error)}): {other_checkpoints(state.parent)}start afresh in "
             "another --output_dir or with --overwrite"

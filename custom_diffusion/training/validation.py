@@ -105,7 +105,7 @@ def prepare_validation(run: Run, images: Images) -> list[dict[str, Any]]:
         sample = dataset.draw(position)
         shown = (sample.instance[0].path, sample.instance_prompt)
         batch = collate([dataset[position]])
-        batch["timesteps"].fill_(count * (2 * seen[shown] + 1) // (2 * TIMESTEPS))
+        batch["timesteps"].fill_(count * (2 * (seen[shown] % TIMESTEPS) + 1) // (2 * TIMESTEPS))
         seen[shown] += 1
         batches.append(batch)
     return batches
