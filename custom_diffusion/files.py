@@ -70,10 +70,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     is_new = not Path(path).exists()
     folder = output_folder(path)
-    remove_half_written(folder)  # of the same command, if that was killed
     occupied = next(folder.iterdir(), None)
     if occupied is not None:
-        raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: give a new or empty folder")
+        advice = "give a new or empty folder"
+        if occupied.name.startswith(_HALF_WRITTEN[0]):
+            advice += ", or remove this one if the run that wrote it was killed"
+        raise UserError(f"--output_dir {str(path)!r} holds {occupied.name!r} already: {advice}")
     try:
         yield folder
     except BaseException:

@@ -182,6 +182,8 @@ def test_python_is_python(page: str) -> None:
 def flags_of(program: str) -> frozenset[str]:
     """The flags that a program's source gives to its parser."""
     source = (ROOT / program).read_text()
+    if "add_sampling_flags" in source:
+        source += (ROOT / "custom_diffusion" / "command_line.py").read_text()
     return frozenset({"help", "config", *re.findall(r'add(?:_argument)?\(\s*"--([\w-]+)"', source)})
 
 

@@ -164,13 +164,30 @@ def test_a_run_that_was_killed_between_two_lists_mixes_up_no_captions(tmp_path, 
     serve_good(web, 4)
     arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images"]
     run(tmp_path, *arguments, 3)
-    captions, _, images = lists(tmp_path / "cats")
+    before = {name: (tmp_path / "cats" / name).read_bytes() for name in ("images.txt", "urls.txt")}
     (tmp_path / "cats/images/1.jpg").unlink()
-    (tmp_path / "cats/images.txt").write_text(f"{images[0]}\n{images[2]}\ncats/images/3.jpg\n")
+    run(tmp_path, *arguments, 3)
+    captions = lists(tmp_path / "cats")[0]
+    captions[1] = "my own words"
+    (tmp_path / "cats/caption.txt").write_text("\n".join(captions) + "\n")
+    for name, content in before.items():
+        (tmp_path / "cats" / name).write_bytes(content)
     assert run(tmp_path, *arguments, 3).returncode == 0
     found, _, names = lists(tmp_path / "cats")
     assert [name.split("/")[-1] for name in names] == ["0.jpg", "2.jpg", "3.jpg"]
-    assert found[:2] == [captions[0], captions[2]]
+    assert found == captions
+
+
+def test_a_record_that_was_taken_out_is_no_reason_to_refuse(tmp_path, web):
+    """As the message about a broken line of sources.jsonl advises."""
+    serve_good(web, 4)
+    arguments = ["--class_prompt", "cat", "--class_data_dir", "cats", "--url", web.url, "--num_class_images"]
+    run(tmp_path, *arguments, 3)
+    captions = lists(tmp_path / "cats")[0]
+    rows = (tmp_path / "cats/sources.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cats/sources.jsonl").write_text(rows[0] + rows[2])
+    assert run(tmp_path, *arguments, 2).returncode == 0
+    assert lists(tmp_path / "cats")[0] == [captions[0], captions[2]]
 
 
 @pytest.mark.parametrize("change", ["a line less", "Latin-1"])
@@ -183,5 +200,6 @@ def test_edited_captions_that_belong_to_no_image_are_not_lost(tmp_path, web, cha
     )
     (tmp_path / "cats/caption.txt").write_bytes(mine)
     result = run(tmp_path, *arguments)
-    assert result.returncode == 1 and "holds captions of your own" in result.stderr.splitlines()[-1]
+    wanted = "holds captions of your own" if change == "a line less" else "is not UTF-8"
+    assert result.returncode == 1 and wanted in result.stderr.splitlines()[-1]
     assert (tmp_path / "cats/caption.txt").read_bytes() == mine

@@ -30,9 +30,9 @@ from custom_diffusion.models.vocabulary import embedding_table
 from custom_diffusion.text import slug
 
 # Flags that decide what an image looks like; they stand in its metadata.
-# What earlier versions did not write into it.
-ADDED = ("dtype", "revision", "tokenizer", "vae")
 SAMPLING = ("num_inference_steps", "guidance_scale", "eta", "scheduler")
+# What earlier versions did not write into an image's metadata.
+ADDED = ("dtype", "revision", "tokenizer", "vae")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Studio:
     def __init__(self, args: argparse.Namespace, concept: Concept, device: str) -> None:
         self.args = args
         self.device = device
+        self.has_several_encoders = any(len(vectors) > 1 for vectors in concept.tokens.values())
         self.base_model = find_base_model(concepts=[concept], **given_base_model(args))
 
     @cached_property
@@ -85,7 +86,7 @@ class Studio:
             "dtype": self.args.dtype or usual_precision(self.device),
             **{"revision": model.revision, "tokenizer": model.tokenizer, "vae": model.other_vae},
             # Earlier versions took the first new word for the end of XL's prompts.
-            **({"pooled": "at the end"} if model.family().reads_time_ids else {}),
+            **({"pooled": "at the end"} if self.has_several_encoders else {}),
         }
 
     def untrained(self, tokens: Sequence[str], initializers: Sequence[str]) -> Concept:

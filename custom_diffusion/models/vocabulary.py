@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from custom_diffusion.errors import UserError
 
-# What a text encoder was, where words were added to it: the number of the end that its configuration gave.
+# On a text encoder that words were added to: the number of the end that its configuration gave, and how many words its
+# tokenizer had before.
 _FORMER_END = "_end_before_words"
 
 # --- what a tokenizer makes of words -------------------------------------------------------------
@@ -195,10 +196,9 @@ class AddedWords:
         self._give_back_the_end()
 
     def _give_back_the_end(self) -> None:
-        """Undo :func:`pool_at_the_end`, when no word is left that could be taken for the end."""
-        end = getattr(self.text_encoder, _FORMER_END, None)
-        words = self.tokenizer.get_added_vocab().values()
-        if end is not None and max(words, default=0) <= self.tokenizer.eos_token_id:
+        """Undo :func:`pool_at_the_end`, when the last word is out that was added since."""
+        end, words = getattr(self.text_encoder, _FORMER_END, (None, 0))
+        if end is not None and len(self.tokenizer) <= words:
             set_end(self.text_encoder, end)
             delattr(self.text_encoder, _FORMER_END)
 
@@ -214,7 +214,7 @@ def put_words(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) 
     added = AddedWords(tuple(vectors), tokenizer, text_encoder, first, len(table), covered_rows)
     former_end = text_encoder.config.eos_token_id
     if pool_at_the_end(text_encoder, tokenizer):
-        setattr(text_encoder, _FORMER_END, former_end)
+        setattr(text_encoder, _FORMER_END, (former_end, first))
     add_words(tokenizer, added.words)
     add_embeddings(text_encoder, tokenizer, vectors)
     return added

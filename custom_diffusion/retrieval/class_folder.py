@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -230,17 +231,23 @@ class ClassFolder:
         if not self.records or not path.is_file():
             return
         try:
-            captions, origins, names = without_blank_end([lines_of(read_text(self.path / name)) for name in LISTS])
+            captions = [one_line(line) for line in lines_of(read_text(path))]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{str(path)!r} is not UTF-8: save it as that") from error
+        try:
+            names = lines_of(read_text(self.path / IMAGES))
         except (OSError, UnicodeDecodeError):
-            captions, origins, names = lines_of(path.read_bytes().decode("utf-8", "replace")), [], []
-        records = {record["file"]: record for record in self.records}
-        listed = [records.get(Path(name.strip()).name) for name in names]
-        if [record and record["url"] for record in listed] == origins and len(captions) == len(origins):
-            for record, caption in zip(listed, captions, strict=True):
-                assert record is not None
-                record["caption"] = one_line(caption) or record["caption"]
-        # Else a run was killed between two lists, which are then written again, or someone has changed their lines.
-        elif {one_line(caption) for caption in captions} - {record["caption"] for record in self.records} - {""}:
+            names = []
+        by_file = {record["file"]: record for record in self.records}
+        listed = [by_file.get(Path(name.strip()).name) for name in names]
+        # A run that was killed may have written the captions of what it kept, and the names of what was there before.
+        fitting = [rows for rows in (listed, self.kept()) if len(rows) == len(captions)]
+        if fitting:
+            rows = max(fitting, key=lambda rows: _number_of_known(rows, captions))
+            for record, caption in zip(rows, captions, strict=True):
+                if record is not None and caption:
+                    record["caption"] = caption
+        elif set(captions) - {record["caption"] for record in self.records} - {""}:
             raise UserError(
                 f"{str(path)!r} holds captions of your own, and no longer a line for each line of {IMAGES}: give each "
                 "image its line, or remove the file to have the captions that were retrieved"
@@ -276,6 +283,12 @@ class ClassFolder:
                 }
             )
         self._write(b"".join(map(journal_line, self.records)))
+
+
+def _number_of_known(records: Sequence[dict[str, Any] | None], captions: Sequence[str]) -> int:
+    """How many captions are those of the records in their places."""
+    pairs = zip(records, captions, strict=True)
+    return sum(record is not None and record["caption"] == caption for record, caption in pairs)
 
 
 def _marks(fingerprint: Fingerprint) -> dict[str, str]:
