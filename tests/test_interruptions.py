@@ -197,7 +197,7 @@ def test_the_upload(
     assert line == (
         f"interrupted during the upload; the files are safe in {str(tmp_path / 'out')!r}, upload them with: "
         f"hf upload me/my-cat {tmp_path / 'out'} --include '*.*' --exclude '*/*' --exclude config.yaml "
-        "--exclude training_log.json --exclude report.html"
+        "--exclude training_settings.json --exclude training_log.json --exclude report.html"
     )
     assert (tmp_path / "out" / "pytorch_custom_diffusion_weights.safetensors").is_file()
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -303,8 +304,7 @@ def test_no_room_to_unpack_is_one_clear_line(tmp_path, monkeypatch):
     assert result.returncode == 1 and "there is no room" in result.stderr.splitlines()[-1]
     # What it says to do instead.
     (tmp_path / "unpacked").mkdir()
-    with tarfile.open(tmp_path / "t.tar.gz") as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
+    subprocess.run(["tar", "-xf", tmp_path / "t.tar.gz", "-C", tmp_path / "unpacked"], check=True)
     assert run(tmp_path, "--class_prompt", "cat", "--path", "unpacked", "--num_class_images", 1).returncode == 0
 
 
