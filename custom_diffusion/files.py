@@ -208,6 +208,11 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
+def half_written(folder: Path, name: str) -> Path:
+    """Where a library may write a folder of its own, before its parts get their names: see :func:`new_folder`."""
+    return folder / f"{_HALF_WRITTEN[0]}{name}{_HALF_WRITTEN[1]}"
+
+
 def remove_half_written(folder: Path) -> None:
     """Remove what :func:`write_whole` has left in a folder where the process was killed."""
     for path in folder.glob(f"{_HALF_WRITTEN[0]}*{_HALF_WRITTEN[1]}"):

@@ -24,7 +24,7 @@ from custom_diffusion.concept.compression import DTYPES, PAPER_ENERGY, Decomposi
 from custom_diffusion.concept.files import CARD_NAME, Concept, check_token_name, vectors_by_key
 from custom_diffusion.concept.prompts import replace_words
 from custom_diffusion.errors import UserError
-from custom_diffusion.files import write_bytes, write_whole
+from custom_diffusion.files import half_written, write_bytes, write_whole
 from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import Family
 from custom_diffusion.models.vocabulary import check_new_words, fold
@@ -220,7 +220,7 @@ def export_pipeline(concept: Concept, base_model: BaseModel, args: argparse.Name
     pipeline = base_model.pipeline(DTYPES[args.dtype or "fp32"])
     apply_concepts(pipeline, concept)
     # Whole or not at all: the parts get their names when all are complete, and the one that makes it a model, last.
-    temporary = folder / ".half-written-pipeline.tmp"
+    temporary = half_written(folder, "pipeline")
     try:
         pipeline.save_pretrained(temporary)
         for part in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):

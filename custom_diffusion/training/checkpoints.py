@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ logger = logging.getLogger("custom_diffusion")
 # What resuming needs of a checkpoint: optimizer, schedule, random states, settings.
 STATE_NAME = "training_state"
 
-RESUME_ADVICE = "resume with the same settings, or start afresh in another --output_dir or with --overwrite"
+START_AFRESH = "start afresh in another --output_dir or with --overwrite"
+RESUME_ADVICE = f"resume with the same settings, or {START_AFRESH}"
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -58,19 +60,16 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     for path in present:
         if path.name == wanted:
             if not (path / STATE_NAME).is_dir():
-                raise UserError(
-                    f"{str(path)!r} cannot be continued, as it has no {STATE_NAME}: {other_checkpoints(path)}start "
-                    "afresh in another --output_dir or with --overwrite"
-                )
+                raise UserError(f"{str(path)!r} cannot be continued, as it has no {STATE_NAME}: {instead_of(path)}")
             return path
     there = ", ".join(path.name for path in present) or "none"
     raise UserError(f"there is no checkpoint {wanted!r} in {str(output_dir)!r} (there: {there})")
 
 
-def other_checkpoints(path: Path) -> str:
-    """Words about the checkpoints beside this one that can be continued; none where there are none."""
+def instead_of(path: Path) -> str:
+    """Words about what to do where a checkpoint cannot be continued; those beside it that can are named."""
     others = [one.name for one in list_checkpoints(path.parent) if one != path and (one / STATE_NAME).is_dir()]
-    return f"resume from {' or '.join(others)}, or " if others else ""
+    return (f"resume from {' or '.join(others)}, or " if others else "") + START_AFRESH
 
 
 def check_is_within(checkpoint: Path, total_steps: int) -> None:
@@ -153,7 +152,7 @@ def check_output_dir(
     overwrite: bool,
     max_train_steps: int | None = None,
     config: str | None = None,
-) -> None:
+) -> list[Path]:
     """Make sure that the output folder holds this run or none.
 
     A run that has come to no result leaves the folder to the next one.
@@ -163,6 +162,9 @@ def check_output_dir(
         overwrite: another run may be there.
         max_train_steps: how far the run goes, where that is known.
         config: the file with this run's flags, which may be in the folder.
+
+    Returns:
+        The checkpoints and files that :func:`claim_output_dir` has to remove, of the run that is overwritten.
 
     Raises:
         UserError: where another run is there, or was checkpointed, or the checkpoint is beyond the run's end, or files
@@ -177,7 +179,7 @@ def check_output_dir(
         if max_train_steps is not None and path.is_file():
             check_is_within(checkpoint, max_train_steps)
     elif overwrite:
-        concept_files(folder)
+        return [*list_checkpoints(folder), *concept_files(folder)]
     elif (folder / SETTINGS_NAME).is_file():
         if has_result(folder):
             check_settings(settings, folder / SETTINGS_NAME, advice)
@@ -187,14 +189,14 @@ def check_output_dir(
             for path in folder.glob(pattern):
                 if config is None or path.resolve() != Path(config).resolve():
                     raise UserError(f"{str(path)!r} already exists and was not written by training: {advice}")
+    return []
 
 
-def claim_output_dir(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Leave the settings in the output folder; with ``overwrite``, remove what another run has learned first."""
-    if overwrite:
-        learned = concept_files(folder)
-        for path in list_checkpoints(folder):
+def claim_output_dir(folder: Path, settings: dict[str, Any], overwritten: Sequence[Path]) -> None:
+    """Leave the settings in the output folder, after removing what another run has learned."""
+    for path in overwritten:
+        if path.is_dir():
             remove_checkpoint(path)
-        for path in learned:
+        else:
             path.unlink()
     write_settings(settings, folder)

@@ -50,7 +50,7 @@ from custom_diffusion.training.checkpoints import (
     check_is_within,
     check_output_dir,
     claim_output_dir,
-    other_checkpoints,
+    instead_of,
     remove_leftovers,
     way_on,
 )
@@ -219,9 +219,9 @@ def open_output_dir(
     output_folder(args.output_dir)
     if not accelerator.is_main_process:
         return
-    lock_folder(Path(args.output_dir))
     folder = Path(args.output_dir)
-    check_output_dir(folder, settings, checkpoint, args.overwrite, args.max_train_steps, args.config)
+    lock_folder(folder)
+    overwritten = check_output_dir(folder, settings, checkpoint, args.overwrite, args.max_train_steps, args.config)
     flags = config_text(args)  # as they were given: another run has another repository
     try:
         config = {name: value for name, value in vars(args).items() if name != "hub_token"}
@@ -233,10 +233,10 @@ def open_output_dir(
     for tracker in accelerator.trackers:
         logger.info(f"follow this run: {tracker_address(tracker)}")
     if args.push_to_hub:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        name = args.hub_model_id or folder.resolve().name
         args.hub_model_id = create_hub_repository(name, args.hub_token)
     # Last: whoever refuses before this leaves what is there as it was.
-    claim_output_dir(folder, settings, args.overwrite and checkpoint is None)
+    claim_output_dir(folder, settings, overwritten)
     write_bytes(folder / CONFIG_NAME, flags)
 
 
@@ -450,10 +450,7 @@ def load_state(run: Run, state: Path) -> None:
     except Exception as error:  # accelerate, torch, pickle and safetensors each raise their own
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{str(state)!r} cannot be read ({first_line(error)}): {other_checkpoints(state.parent)}start afresh in "
-            "another --output_dir or with --overwrite"
-        ) from error
+        raise UserError(f"{str(state)!r} cannot be read ({first_line(error)}): {instead_of(state.parent)}") from error
     # It counts batches, whose size may be another now; checkpoints are only written between optimizer steps.
     run.accelerator.step = 0
     if "schedule_counts" not in read_settings(state / SETTINGS_NAME):
