@@ -92,7 +92,7 @@ WEIGHING = ("--prior_weight=0.5", "--captions=examples/captions.txt")
 TOKENS = {"cat": TOKEN, "plant": "<new2>"}
 # A third, of those that are taught apart with a gate: any number of these are applied together.
 THIRD_TOKENS = {"teapot": "<new3>"}
-# What two concepts change of it: those of `concept_list.json`, as in tools/demo.py.
+# What two concepts of `concept_list.json` change of it.
 TOGETHER = {
     **dict.fromkeys(("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")),
     "modifier_token": "+".join(TOKENS.values()),

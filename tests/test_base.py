@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from benchmarks.learning import load_designs
@@ -149,8 +149,7 @@ def test_every_design_has_a_word_that_no_caption_says() -> None:
     word_of, generator, said = train_unet.design_words(tokenizer, icons), np.random.default_rng(0), 0
     for example in world.examples(icons, 100, wide=1.0, seed=0):
         caption, names = TokenizedCaption.of(tokenizer, example), [word_of[design] for design in example.designs]
-        ids, plain = train_unet.caption_ids(caption, generator, len(tokenizer), 0, names)
-        assert not set(plain) & set(word_of.values())
+        ids = train_unet.caption_ids(caption, generator, len(tokenizer), 0, names)
         spoken = [id for id in ids if id in word_of.values()]
         assert set(spoken) <= set(names)
         said += len(spoken)
@@ -171,39 +170,10 @@ def finished_parts(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "vae", tmp_path / "text"
 
 
-def test_a_finished_model_can_teach_a_unet_for_another_text_encoder(
-    finished_parts: tuple[Path, Path], tmp_path: Path
-) -> None:
-    teacher = train_unet.Teacher.of(BASE, torch.device("cpu"))
-    train_unet.train(one_design_each(128), *finished_parts, tmp_path / "unet", steps=2, pool=300, teacher=teacher)
-    (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
-    # A new UNet would start at about 1.
-    assert json.loads(line)["loss"] < 0.4
-    trained = UNet2DConditionModel.from_pretrained(tmp_path / "unet" / "trained").state_dict()
-    for name, value in teacher.unet.state_dict().items():
-        if "attn2.to_k" not in name and "attn2.to_v" not in name:
-            torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-3)
-
-
 def test_a_finished_unet_can_be_trained_on(finished_parts: tuple[Path, Path], tmp_path: Path) -> None:
     train_unet.train(one_design_each(128), *finished_parts, tmp_path / "unet", steps=2, pool=300, start=BASE / "unet")
     (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] < 0.4
-
-
-def test_the_mean_of_unets_needs_the_same_text_encoder(tmp_path: Path) -> None:
-    other = shutil.copytree(BASE, tmp_path / "other")
-    unet = UNet2DConditionModel.from_pretrained(other / "unet", torch_dtype=torch.float32)
-    before = unet.conv_in.weight.detach().clone()
-    unet.conv_in.weight.data += 1
-    unet.save_pretrained(other / "unet")
-    train_unet.mean_of([BASE, other], tmp_path / "mean")
-    mean = UNet2DConditionModel.from_pretrained(tmp_path / "mean" / "trained")
-    torch.testing.assert_close(mean.conv_in.weight.data, before + 0.5)
-    torch.testing.assert_close(mean.conv_out.weight.data, unet.conv_out.weight.data)
-    (other / "text_encoder" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="other/text_encoder"):
-        train_unet.mean_of([BASE, other], tmp_path / "mean")
 
 
 def test_the_concept_list_works_as_it_stands() -> None:

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import merge
-import retrieve
+import infer
 import train_custom_diffusion
 from tests.conftest import ROOT, draw_images, flags, run_script
 from tests.hub_server import Hub
@@ -502,8 +501,10 @@ def test_the_commands_of_diffusers_documentation(tokens: str, home: Path, hub: H
 
 
 def test_the_commands_of_the_demo_are_command_lines() -> None:
-    programs = {"retrieve.py": retrieve, "train_custom_diffusion.py": train_custom_diffusion, "merge.py": merge}
-    for text in (demo.RETRIEVE, demo.TRAIN, demo.WEIGH):
+    programs = {"train_custom_diffusion.py": train_custom_diffusion, "infer.py": infer}
+    training = demo.TRAIN.format(noun="cat", token="<new1>")
+    images = demo.INFER.format(folders="cat plant", prompts="'a cat'", options="--width=128 ", output="together")
+    for text in (training, images):
         words = shlex.split(text)
         (place,) = (number for number, word in enumerate(words) if word in programs)
         programs[words[place]].parse_args(words[place + 1 :])

@@ -1,13 +1,16 @@
 """Teach two concepts to the small model in `base/`, and show what was learned in one image: `make demo`.
 
-Everything is done by the commands that a user types, each printed before it runs.
+Everything is done by the commands that a user types, each printed before it runs. The concepts are taught apart, each
+by a training of its own without class images, and then used together.
 """
 
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,27 +19,37 @@ from custom_diffusion.images import write_image
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "demo" / "results"
-CELL, GAP, MARGIN = 96, 4, 14
+# Pixels of the layout: the side of an image, the space beside it, and the lines of the headings.
+CELL, GAP, MARGIN, LINE = 144, 4, 14, 16
+FONT = ImageFont.load_default(13)
 
-# The concepts of concept_list.json, with class images of the demo's own: what a user has made stays as it is.
-RETRIEVE = """python retrieve.py --concepts_list=demo/concept_list.json --path=examples/drawings.tar.gz
-  --min_size=64 --num_class_images=400"""
-TRAIN = """accelerate launch -q train_custom_diffusion.py
-  --pretrained_model_name_or_path=base --concepts_list=demo/concept_list.json --modifier_token="<new1>+<new2>"
-  --with_prior_preservation --real_prior --prior_loss_weight=45 --num_class_images=400
-  --resolution=64 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0
-  --max_train_steps=1200 --padding_mode=edge --hflip --cutmix_probability=0.5
-  --validation_steps=300 --checkpointing_steps=300 --num_validation_images=1 --validation_at_start
-  --validation_prompt="photo of a <new1> cat" --validation_prompt="photo of a <new2> plant"
-  --output_dir=demo/results/concepts --report_to=none"""
-WEIGH = """python merge.py --model_dir=demo/results/concepts --prior_weight=0.5 --captions=examples/captions.txt
-  --output_dir=demo/results/weighed"""
+Rows = Sequence[Sequence[Path]]
+TOKENS = {"cat": "<new1>", "plant": "<new2>"}
+TRAIN = """accelerate launch -q train_custom_diffusion.py --pretrained_model_name_or_path=base --token_gate
+  --instance_data_dir=examples/{noun} --instance_prompt="photo of a {token} {noun}"
+  --modifier_token="{token}" --class_prompt={noun} --validation_data_dir=examples/validation/{noun}
+  --resolution=64 --train_batch_size=4 --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=0
+  --max_train_steps=500 --padding_mode=edge --hflip
+  --validation_prompt="photo of a {token} {noun}" --validation_steps=125 --validation_at_start
+  --output_dir=demo/results/{noun} --report_to=none"""
+# At the usual guidance of 6, so small a model draws in colours that are too strong.
+INFER = """python infer.py --model_dir {folders} --prompt {prompts} --num_images=2 --batch_size=8
+  --num_inference_steps=50 --guidance_scale=3 {options}--output_dir=demo/results/{output}"""
 CONTEXTS = {
-    "cat": ("photo of a <new1> cat", "photo of a <new1> cat on a red background", "a <new1> cat in the snow"),
-    "plant": ("photo of a <new2> plant", "photo of a <new2> plant on a pink background", "a <new2> plant at night"),
+    "cat": (
+        "photo of a <new1> cat",
+        "a <new1> cat on a red background",
+        "a <new1> cat in the snow",
+        "a <new1> cat at night",
+    ),
+    "plant": (
+        "photo of a <new2> plant",
+        "a <new2> plant on a pink background",
+        "a <new2> plant on the beach",
+        "a <new2> plant at night",
+    ),
 }
-TOGETHER = "photo of a <new1> cat next to a <new2> plant"
-EACH = 4
+TOGETHER = ("photo of a <new1> cat next to a <new2> plant", "photo of a <new2> plant next to a <new1> cat")
 
 
 def run(command: str) -> None:
@@ -49,68 +62,68 @@ def run(command: str) -> None:
         raise SystemExit(result.returncode)
 
 
-def infer(folder: str, *prompts: str, options: str = "") -> list[list[Path]]:
-    """Images of `prompts`, `EACH` of every one, made by infer.py into `demo/results/<folder>`."""
-    quoted = " ".join(shlex.quote(prompt) for prompt in prompts)
-    # At the usual guidance of 6, so small a model draws in colours that are too strong.
-    run(
-        f"python infer.py --model_dir=demo/results/weighed {options}--num_images={EACH} --batch_size=12\n"
-        f"--num_inference_steps=50 --guidance_scale=3 --output_dir=demo/results/{folder} --prompt {quoted}"
-    )
-    images = sorted((RESULTS / folder).glob("[0-9]*.png"))
-    return [images[row * EACH : (row + 1) * EACH] for row in range(len(prompts))]
+def infer(output: str, nouns: Sequence[str], prompts: Sequence[str], options: str = "") -> list[list[Path]]:
+    """Two images of each of `prompts`, made by infer.py with the concepts of `nouns` into `demo/results/<output>`."""
+    folders = " ".join(f"demo/results/{noun}" for noun in nouns)
+    quoted = "\n  ".join(shlex.quote(prompt) for prompt in prompts)
+    run(INFER.format(folders=folders, prompts=quoted, options=options, output=output))
+    images = sorted((RESULTS / output).glob("[0-9]*.png"))
+    return [images[row * 2 : row * 2 + 2] for row in range(len(prompts))]
 
 
-def index(columns: list[tuple[str, list[list[Path]]]]) -> Image.Image:
-    """One image of `columns`: a heading each, over groups of images, as many to a row as a prompt has.
+def place(sheet: Image.Image, heading: str, rows: Rows, left: int, top: int, high: int = CELL) -> None:
+    """Draw `rows` of images, each `high` pixels, below a `heading` of at most two lines."""
+    with Image.open(rows[0][0]) as image:
+        cell = (round(high * image.width / image.height), high)
+    lines = textwrap.wrap(heading, len(rows[0]) * cell[0] * 2 // 13)
+    ImageDraw.Draw(sheet).text((left, top + (2 - len(lines)) * LINE), "\n".join(lines), "black", FONT)
+    for i, row in enumerate(rows):
+        for j, path in enumerate(row):
+            with Image.open(path) as image:
+                shown = image.convert("RGB").resize(cell, Image.Resampling.BICUBIC)
+            sheet.paste(shown, (left + j * (cell[0] + GAP), top + 2 * LINE + 4 + i * (high + GAP)))
 
-    All images become `CELL` high; in a column they are equally wide.
-    """
-    font = ImageFont.load_default(13)
-    cells = []
-    for _, rows in columns:
-        with Image.open(rows[0][0]) as image:
-            cells.append((round(CELL * image.width / image.height), CELL))
-    widths = [max(map(len, rows)) * (wide + GAP) + MARGIN for (_, rows), (wide, _) in zip(columns, cells, strict=True)]
-    height = max(len(rows) for _, rows in columns) * (CELL + GAP)
-    sheet = Image.new("RGB", (sum(widths) + MARGIN, height + 2 * MARGIN + 20), "white")
-    left = MARGIN
-    for (heading, rows), cell, width in zip(columns, cells, widths, strict=True):
-        ImageDraw.Draw(sheet).text((left, MARGIN), heading, "black", font)
-        for i, row in enumerate(rows):
-            for j, path in enumerate(row):
-                with Image.open(path) as image:
-                    shown = image.convert("RGB").resize(cell, Image.Resampling.BICUBIC)
-                sheet.paste(shown, (left + j * (cell[0] + GAP), MARGIN + 20 + i * (CELL + GAP)))
-        left += width
+
+def index(columns: dict[str, list[tuple[str, Rows]]], together: list[tuple[str, list[Path]]]) -> Image.Image:
+    """One image: for each concept a band of `columns` with their headings, and below them both concepts `together`."""
+    band = 2 * LINE + 4 + 2 * (CELL + GAP) + MARGIN
+    wide = 7 * (CELL + GAP) - GAP + 4 * MARGIN
+    half = (wide - 3 * MARGIN) // 2
+    high = (half - GAP) // 4
+    sheet = Image.new("RGB", (wide, MARGIN + len(columns) * band + 2 * LINE + 4 + high + MARGIN), "white")
+    for number, groups in enumerate(columns.values()):
+        left = MARGIN
+        for position, (heading, rows) in enumerate(groups):
+            place(sheet, heading, rows, left, MARGIN + number * band)
+            # What was there before the training stands a little apart from what came of it.
+            left += len(rows[0]) * (CELL + GAP) + (MARGIN if position < 2 else 0)
+    for number, (heading, images) in enumerate(together):
+        place(sheet, heading, [images], MARGIN + number * (half + MARGIN), MARGIN + len(columns) * band, high)
     return sheet
-
-
-def two_by_two(concepts: list[list[Path]]) -> list[list[Path]]:
-    """Rows of two of the four images of every concept."""
-    return [images[at : at + 2] for images in concepts for at in (0, 2)]
 
 
 def main() -> None:
     """Train, make images, and lay them out in `demo/index.png`."""
     started = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
-    run(RETRIEVE)
-    run(TRAIN)
-    run(WEIGH)
-    known = infer("known", "photo of a cat", "photo of a plant", options="--scale=0 ")
-    contexts = infer("contexts", *CONTEXTS["cat"], *CONTEXTS["plant"])
+    columns = {}
+    for noun, token in TOKENS.items():
+        run(TRAIN.format(noun=noun, token=token))
+        own = sorted((ROOT / "examples" / noun).glob("*.png"))[:4]
+        before = sorted((RESULTS / noun / "validation").glob("step_000000_*.png"))
+        columns[noun] = [
+            (f"your images of {token}", [own[:2], own[2:]]),
+            (f"before training: photo of a {token} {noun}", [[path] for path in before]),
+        ]
+        for prompt, images in zip(CONTEXTS[noun], infer(f"{noun}-images", [noun], CONTEXTS[noun]), strict=True):
+            columns[noun].append((prompt, [[path] for path in images]))
     # Two things have room beside each other in an image twice as wide.
-    (together,) = infer("together", TOGETHER, options="--width=128 ")
-    own = [sorted((ROOT / "examples" / noun).glob("*.png"))[:4] for noun in CONTEXTS]
-    columns = [("your images", two_by_two(own)), ("what the model knew", two_by_two(known))]
-    for number, heading in enumerate(("the concept", "on a colour", "in a scene")):
-        columns.append((heading, two_by_two([contexts[number], contexts[number + 3]])))
-    columns.append(("both together", [[path] for path in together]))
+    together = zip(TOGETHER, infer("together", list(TOKENS), TOGETHER, "--width=128 "), strict=True)
     file = ROOT / "demo" / "index.png"
-    write_image(file, index(columns), "PNG")
+    write_image(file, index(columns, list(together)), "PNG")
     print(f"\nIn {time.monotonic() - started:.0f} seconds. Look at {file}")
-    print(f"How the training went: {RESULTS / 'concepts' / 'report.html'}")
+    for noun in TOKENS:
+        print(f"How the training of the {noun} went: {RESULTS / noun / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 from tools.base import train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
-from tools.base.progress import device
 from tools.base.score import generated, scores, sheet
 
 BASE = Path(__file__).resolve().parent.parent.parent / "base"
 # Steps of VAE, text encoder, UNet and decoder, and how many images the pools hold: the UNet's, and the others.
-FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 40_000, "decoder": 6_000, "unet_pool": 180_000, "pool": 60_000}
+FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 17_000, "decoder": 6_000, "unet_pool": 180_000, "pool": 60_000}
 SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "unet_pool": 256, "pool": 256}
 LOGS = {
     "VAE, squared error": ("vae", "squared_error"),
@@ -93,17 +92,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
     parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's VAE and text encoder.")
-    parser.add_argument("--teacher", type=Path, metavar="MODEL", help="Keep this model's VAE, and learn from its UNet.")
     parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
-    parser.add_argument(
-        "--mean", type=Path, nargs="+", metavar="MODEL", help="Keep all of the first, with the mean of all their UNets."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet, as --mean needs them.")
+    parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args(argv)
-    if sum(map(bool, (arguments.keep, arguments.teacher, arguments.further, arguments.mean))) > 1:
-        parser.error("--keep, --teacher, --further and --mean each say what a former model gives: give one of them")
-    for model in (arguments.keep, arguments.teacher, arguments.further, *(arguments.mean or ())):
+    if arguments.keep and arguments.further:
+        parser.error("--keep and --further each say what a former model gives: give one of them")
+    for model in (arguments.keep, arguments.further):
         if model and not (model / "vae").is_dir():
             parser.error(f"{str(model)!r} is no folder of a model such as base/")
     return arguments
@@ -121,13 +116,13 @@ def claim(work: Path, arguments: argparse.Namespace) -> None:
     write_settings(flags, work)
 
 
-def take_over(former: Path, work: Path, with_text: bool) -> None:
-    """Start `work` with the VAE of the model `former`; `with_text`, with its text encoder and tokenizer too."""
+def take_over(former: Path, work: Path) -> None:
+    """Start `work` with the VAE, text encoder and tokenizer of the model `former`."""
     if not (work / "vae").exists():
         # The same for both stages: its decoder is refined already.
         for stage in ("first", "trained"):
             shutil.copytree(former / "vae", work / "vae" / stage)
-    if with_text and not (work / "text").exists():
+    if not (work / "text").exists():
         shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
         shutil.copytree(former / "text_encoder", work / "text" / "trained")
 
@@ -139,14 +134,11 @@ def train_parts(work: Path, icons: dict[str, np.ndarray], former: Path | None, a
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
         train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
-    if arguments.mean and not (work / "unet" / "trained").exists():
-        train_unet.mean_of(arguments.mean, work / "unet")
     if not (work / "unet" / "trained").exists():
-        teacher = train_unet.Teacher.of(arguments.teacher, device()) if arguments.teacher else None
         start = former / "unet" if former and arguments.further else None
-        pool, steps = budget["unet_pool"], budget["unet"] // (4 if teacher or start else 1)
+        pool, steps = budget["unet_pool"], budget["unet"] // (4 if start else 1)
         inputs = icons, work / "vae", work / "text"
-        train_unet.train(*inputs, work / "unet", steps, pool=pool, teacher=teacher, start=start, seed=arguments.seed)
+        train_unet.train(*inputs, work / "unet", steps, pool=pool, start=start, seed=arguments.seed)
     if not (work / "vae" / "trained").exists():
         train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
 
@@ -163,7 +155,7 @@ def install(work: Path) -> None:
 def main() -> None:
     """Run what is missing of all stages."""
     arguments = parse_args()
-    former = arguments.keep or arguments.teacher or arguments.further or (arguments.mean and arguments.mean[0])
+    former = arguments.keep or arguments.further
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = arguments.work
@@ -171,7 +163,7 @@ def main() -> None:
     # The VAE alone learns from drawings of other things too.
     icons = load_icons(work, only=world.icon_names() if arguments.short or former else None)
     if former:
-        take_over(former, work, with_text=not arguments.teacher)
+        take_over(former, work)
     train_parts(work, icons, former, arguments)
     model = work / "model"
     assemble(work, model)

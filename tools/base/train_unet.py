@@ -1,11 +1,7 @@
-"""The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one.
-
-Or first towards what a finished model's UNet predicts, whose text encoder may be another: an hour instead of several.
-"""
+"""The base model's UNet: velocity prediction on 8x8 latents, first in an easy world, then in a wider one."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -34,8 +30,6 @@ UNCONDITIONAL, UNKNOWN_WORDS = 0.1, 0.2
 # How often a noun has before it the word for the very drawing. Stable Diffusion knows names for all sorts of looks, and
 # a new word finds its place among them; these do the same here, also for two things beside each other.
 DESIGN_WORDS = 0.5
-# Share of the steps with a teacher's predictions as the aim, which say more than noisy images do; then the images.
-TAUGHT_SHARE = 0.75
 # Of so many batches in the wider world, one is of two things in images twice as wide.
 LANDSCAPE_EVERY = 2
 
@@ -123,18 +117,14 @@ class Pool(NamedTuple):
         return BATCH_SIZE * 8 // self.means.shape[-1]
 
     def draw_ids(
-        self, chosen: np.ndarray, generator: np.random.Generator, vocabulary: int, named: bool, on: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (n, MAX_LENGTH) of the `chosen` captions as `caption_ids` gives them, and of those without other words.
-
-        `named`: designs are often called by their words.
-        """
+        self, chosen: np.ndarray, generator: np.random.Generator, vocabulary: int, on: torch.device
+    ) -> torch.Tensor:
+        """Ids (n, MAX_LENGTH) of the `chosen` captions as `caption_ids` gives them."""
         drawn = [
-            caption_ids(self.captions[index], generator, vocabulary, row, self.names[index] if named else ())
+            caption_ids(self.captions[index], generator, vocabulary, row, self.names[index])
             for row, index in enumerate(chosen)
         ]
-        ids, plain_ids = zip(*drawn, strict=True)
-        return torch.tensor(ids, device=on), torch.tensor(plain_ids, device=on)
+        return torch.tensor(drawn, device=on)
 
     def draw_latents(self, chosen: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of the `chosen` images, drawn from their posteriors, and noise for them; fp32 (n, 24, 8, 8 or 16)."""
@@ -158,52 +148,6 @@ class Denoising(torch.nn.Module):
         return functional.mse_loss(self.unet(noisy, timesteps, features).sample.float(), velocity)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A finished model's UNet and text encoder, on latents of the same VAE and ids of the same tokenizer."""
-
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-
-    @classmethod
-    def of(cls, model: Path, on: torch.device) -> Self:
-        """What `model`, a folder in diffusers' layout, has learned, frozen."""
-        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
-        text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
-        unet.to(on, memory_format=torch.channels_last)
-        return cls(unet.requires_grad_(False), text_encoder.to(on).requires_grad_(False))
-
-    @torch.no_grad()
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The velocity of noisy latents (n, 24, h, w), of captions' ids (n, length) without unknown words."""
-        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample.float()
-
-    @torch.no_grad()
-    def weights_for(
-        self, text_encoder: CLIPTextModel, captions: Sequence[TokenizedCaption], vocabulary: int
-    ) -> dict[str, torch.Tensor]:
-        """The UNet's weights, keys and values changed to read `text_encoder` instead of the teacher's.
-
-        By least squares over `captions`, each position's features give those that the teacher's encoder has there;
-        the last words of noun phrases and captions those of the ends, where CLIP's own way puts a caption's meaning.
-        """
-        on = self.unet.device
-        rows = [caption.ids(vocabulary) for caption in captions]
-        ids = torch.tensor([row[0] for row in rows], device=on)
-        present, former = (model(ids).last_hidden_state for model in (text_encoder, self.text_encoder))
-        nothing = torch.tensor([TokenizedCaption().ids(vocabulary)[0]], device=on)
-        ends = ids == vocabulary - 1
-        wanted = torch.where(ends[..., None], self.text_encoder(nothing).last_hidden_state, former)
-        for number, (row, _, nouns) in enumerate(rows):
-            end = row.index(vocabulary - 1)
-            wanted[number, [*nouns, end - 1]] = former[number, end]
-        present, wanted = present.flatten(0, 1).double(), wanted.flatten(0, 1).double()
-        ridge = 1e-4 * len(present) * torch.eye(present.shape[1], device=on)
-        change = torch.linalg.solve(present.T @ present + ridge, present.T @ wanted).T.float()
-        weights = self.unet.state_dict()
-        return {k: v @ change if "attn2.to_k" in k or "attn2.to_v" in k else v for k, v in weights.items()}
-
-
 def design_words(tokenizer: CLIPTokenizer, icons: dict[str, np.ndarray]) -> dict[str, int]:
     """For each of `icons` (`set/icon`) that training shows, an entry of the vocabulary that stands for it.
 
@@ -220,10 +164,10 @@ def design_words(tokenizer: CLIPTokenizer, icons: dict[str, np.ndarray]) -> dict
 
 def caption_ids(
     caption: TokenizedCaption, generator: np.random.Generator, vocabulary: int, row: int, names: Sequence[int] = ()
-) -> tuple[list[int], list[int]]:
+) -> list[int]:
     """MAX_LENGTH ids: sometimes of no caption at all, sometimes with the two unknown words of batch row `row`.
 
-    Else often with the words `names` of the designs that its noun phrases show. And the same without such words.
+    Else often with the words `names` of the designs that its noun phrases show.
     """
     dice = generator.random()
     if dice < UNCONDITIONAL:
@@ -232,28 +176,7 @@ def caption_ids(
     words = [vocabulary + 2 * row + n if here else None for n, here in enumerate(there)]
     if names and dice <= 1 - UNKNOWN_WORDS:
         words = [name if generator.random() < DESIGN_WORDS else None for name in names]
-    return caption.ids(vocabulary, words)[0], caption.ids(vocabulary)[0]
-
-
-def mean_of(models: Sequence[Path], folder: Path) -> None:
-    """`folder/trained` gets the mean of the weights of the UNets of `models`, `folder/scheduler` their schedule.
-
-    UNets that were trained on apart, from one that they have in common, predict better together than each: Wortsman et
-    al. 2022, "Model soups".
-
-    Raises:
-        RuntimeError: where a model has another VAE or text encoder than the first, whose UNet means other things.
-    """
-    first, *others = models
-    for other in others:
-        for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-            if (first / part).read_bytes() != (other / part).read_bytes():
-                raise RuntimeError(f"{str(other / part)!r} is not the one of {str(first)!r}: their UNets have no mean")
-    unets = [UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32) for model in models]
-    weights = [unet.state_dict() for unet in unets]
-    unets[0].load_state_dict({name: torch.stack([w[name] for w in weights]).mean(dim=0) for name in weights[0]})
-    unets[0].save_pretrained(folder / "trained")
-    DDIMScheduler.from_pretrained(first / "scheduler").save_pretrained(folder / "scheduler")
+    return caption.ids(vocabulary, words)[0]
 
 
 def examples_of(phase: str, icons: dict[str, np.ndarray], pool: int, shift: int) -> list[list[world.Example]]:
@@ -289,21 +212,10 @@ def pools_of(
     return pools
 
 
-def first_unet(
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    icons: dict[str, np.ndarray],
-    pool: int,
-    teacher: Teacher | None,
-    start: Path | None,
-) -> UNet2DConditionModel:
-    """A new UNet where the text encoder is, with random weights, the `teacher`'s or those of the folder `start`."""
+def first_unet(text_encoder: CLIPTextModel, start: Path | None) -> UNet2DConditionModel:
+    """A new UNet where the text encoder is, with random weights or those of the folder `start`."""
     if start is not None:
         unet = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
-    elif teacher is not None:
-        unet = UNet2DConditionModel.from_config(teacher.unet.config)
-        some = [TokenizedCaption.of(tokenizer, example) for example in world.examples(icons, min(pool, 3000), 0.6, 6)]
-        unet.load_state_dict(teacher.weights_for(text_encoder, some, len(tokenizer)))
     else:
         unet = new_unet(text_encoder.config.hidden_size)
     unet.set_attn_processor(ShortAttnProcessor())
@@ -316,17 +228,16 @@ def train(
     text_folder: Path,
     folder: Path,
     steps: int,
-    easy_share: float = 0.05,
+    easy_share: float = 0.1,
     pool: int = 60_000,
-    teacher: Teacher | None = None,
     start: Path | None = None,
     seed: int = 0,
 ) -> None:
     """Train for `steps` batches; `folder/trained` gets the average of the weights, `folder/scheduler` the schedule.
 
-    For the first `easy_share` of the steps, images come from the easy world; then mostly from the wider one. With a
-    `teacher` they always do, and for `TAUGHT_SHARE` of the steps the aim is its prediction. So too with the folder of
-    a UNet to `start` from, at a lower learning rate. Each `seed` has images, captions and noise of its own.
+    For the first `easy_share` of the steps, images come from the easy world; then from the wider one. A run that goes
+    on from the UNet in the folder `start` has the wider one from the beginning, and a lower learning rate. Each `seed`
+    has images, captions and noise of its own.
     """
     on = device()
     # No two seeds share a draw: steps are far fewer.
@@ -335,22 +246,20 @@ def train(
     vae = AutoencoderKL.from_pretrained(vae_folder / "first").to(on, memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "trained").to(on).requires_grad_(False)
-    unet, scheduler = first_unet(text_encoder, tokenizer, icons, pool, teacher, start), new_scheduler()
+    unet, scheduler = first_unet(text_encoder, start), new_scheduler()
     encode = partial(Pool.of, tokenizer=tokenizer, word_of=design_words(tokenizer, icons), vae=vae)
     objective = Denoising(unet)
     optimizer = MatrixOptimizer(unet, weight_decay=0.01, apart=("conv_in.", "conv_out.", "time_embedding."))
     training = Training(folder, objective, optimizer, steps, average=0.999, hold=HOLD)
     phase = None
     for step in training:
-        if phase != (now := "wide" if teacher or start or step >= easy_share * steps else "easy"):
+        if phase != (now := "wide" if start or step >= easy_share * steps else "easy"):
             phase = now
             pools = pools_of(folder, phase, partial(examples_of, phase, icons, pool, shift), encode)
-        taught = teacher is not None and step < TAUGHT_SHARE * steps
-        # The teacher may know neither landscapes nor the designs' words.
-        shown = pools[-1 if step % LANDSCAPE_EVERY == 0 and not taught else 0]
+        shown = pools[-1 if step % LANDSCAPE_EVERY == 0 else 0]
         generator = np.random.default_rng((7 + shift, step))
         chosen = generator.integers(0, len(shown.captions), shown.batch_size)
-        ids, plain_ids = shown.draw_ids(chosen, generator, len(tokenizer), not taught, on)
+        ids = shown.draw_ids(chosen, generator, len(tokenizer), on)
         draw = torch.Generator().manual_seed(step + shift)
         unknown = unknown_words(text_encoder.get_input_embeddings().weight, 2 * len(chosen), draw)
         latents, noise = shown.draw_latents(chosen, draw)
@@ -360,10 +269,7 @@ def train(
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), autocast(on):
             features = encoded(text_encoder, ids, unknown).last_hidden_state
-            if taught:
-                velocity = teacher.predict(noisy, timesteps, plain_ids)
-            else:
-                velocity = scheduler.get_velocity(latents, noise, timesteps)
+            velocity = scheduler.get_velocity(latents, noise, timesteps)
         with autocast(on):
             loss = objective(noisy, timesteps, features, velocity)
         training.update(loss, peak=1e-3 if start else 3e-3, losses={"loss": loss})
