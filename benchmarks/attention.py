@@ -18,8 +18,8 @@ from custom_diffusion.models.short_attention import attend_by_products
 
 # (batch, heads, queries, keys, width) of layers that occur: what it is, and where.
 SHAPES = {
-    "`base/`, 64 px, 8 images, itself": (8, 4, 64, 64, 24),
-    "`base/`, 64 px, 8 images, text": (8, 4, 64, 32, 24),
+    "`base/`, 64 px, 8 images, itself": (8, 4, 64, 64, 32),
+    "`base/`, 64 px, 8 images, text": (8, 4, 64, 32, 32),
     "Stable Diffusion 1.4, 256 px, 2 images, itself": (2, 8, 1024, 1024, 40),
     "the same, text": (2, 8, 1024, 77, 40),
     "its second level, itself": (2, 8, 256, 256, 80),

@@ -98,6 +98,7 @@ TOGETHER = {
     "modifier_token": "+".join(TOKENS.values()),
     "learning_rate": 1e-3,
     "max_train_steps": 1200,
+    "prior_loss_weight": 20,
     "cutmix_probability": 0.5,
 }
 # What `--token_gate` changes of either: what acts only at its own words needs no class images.
@@ -107,6 +108,9 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
+# It takes half of the steps. Two together have weights of their own, and need not be seen beside each other.
+GATED_ALONE = {"max_train_steps": 500}
+GATED_TOGETHER = {"learning_rate": 5e-4, "max_train_steps": 1000, "cutmix_probability": None}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
 # is not taught to end in the middle of the image.
 BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
@@ -168,8 +172,10 @@ def trainings(
         changes = {work / f"two-{seed}": {}}
     found = {}
     for folder, own in changes.items():
-        own |= {"output_dir": folder, "seed": seed, **(GATED if gated else {}), **(BESIDE if beside else {})}
         together = two and not apart
+        own |= {"output_dir": folder, "seed": seed}
+        own |= (GATED | (GATED_TOGETHER if together else GATED_ALONE)) if gated else {}
+        own |= BESIDE if beside else {}
         found[folder] = recipe_for_two(work, work / "class", masked, **own) if together else recipe(**own)
     return found
 
@@ -340,12 +346,14 @@ def measure(folder: Path, seed: int, images: int = 32, shown: Path | None = None
     def change(examples: list[world.Example], called: str = "{}") -> float:
         return denoising_loss(learned, examples, called, seed) / denoising_loss(control, examples, called, seed) - 1
 
-    def made(pipeline: DiffusionPipeline, prompt: str) -> np.ndarray:
-        return generated(pipeline, [prompt] * images, seed * 1000, guidance=6.0)
+    def made(pipeline: DiffusionPipeline, prompt: str, guidance: float = 6.0) -> np.ndarray:
+        return generated(pipeline, [prompt] * images, seed * 1000, guidance=guidance)
 
     prompt = f"photo of a {TOKEN} cat"
     alone, red = made(learned, prompt), made(learned, f"{prompt} on a red background")
-    show(shown, seed, {"cat": alone, "red": red})
+    if shown is not None:
+        # What is measured has the usual guidance; the small model's colours are better at half of it.
+        show(shown, seed, {"cat": alone, "red": red, "cat-guidance-3": made(learned, prompt, guidance=3.0)})
     return {
         "loss on unseen views, <new1> cat": change(unseen, CALLED),
         **{
@@ -363,12 +371,11 @@ def measure(folder: Path, seed: int, images: int = 32, shown: Path | None = None
     }
 
 
-def show(folder: Path | None, seed: int, images: dict[str, np.ndarray]) -> None:
-    """Write sheets of uint8 images (n, h, w, 3) into `folder`, where there is one, with the seed in their names."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, made in images.items():
-            sheet(made, columns=8).save(folder / f"{name}-{seed}.png")
+def show(folder: Path, seed: int, images: dict[str, np.ndarray]) -> None:
+    """Write sheets of uint8 images (n, h, w, 3) into `folder`, with the seed in their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, made in images.items():
+        sheet(made, columns=8).save(folder / f"{name}-{seed}.png")
 
 
 def measure_two(*folders: Path, seed: int, images: int = 24, shown: Path | None = None) -> dict[str, float]:
@@ -391,7 +398,8 @@ def measure_two(*folders: Path, seed: int, images: int = 24, shown: Path | None 
             first, second = (f"{tokens[noun]} {noun}" if tokens else noun for noun in (left, right))
             both = made(f"photo of a {first} next to a {second}", width=2 * world.RESOLUTION)
             nouns, taught = judge.pairs(both, left, right)
-            show(shown if tokens else None, seed, {f"{left}-{right}": both})
+            if shown is not None and tokens:
+                show(shown, seed, {f"{left}-{right}": both})
             figures[f"{first} next to {second}: both nouns"] = nouns
             figures[f"{first} next to {second}: both as taught"] = taught
     return figures

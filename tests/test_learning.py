@@ -29,6 +29,7 @@ from benchmarks.learning import (
     recipe_for_two,
     retrieve,
     sized_views,
+    trainings,
     views,
     weigh,
     with_concept,
@@ -72,20 +73,20 @@ def figures(cat: Path) -> dict[str, float]:
 
 
 def test_unseen_views_are_predicted_better(figures: dict[str, float]) -> None:
-    assert figures["loss on unseen views, <new1> cat"] <= -0.10
+    assert figures["loss on unseen views, <new1> cat"] <= -0.12
 
 
 def test_what_the_model_knew_stays(figures: dict[str, float]) -> None:
-    assert abs(figures["loss on other cats, plain cat"]) <= 0.02
+    assert abs(figures["loss on other cats, plain cat"]) <= 0.015
     assert figures["loss on unseen views, plain cat"] >= -0.05
 
 
 def test_a_class_that_no_class_image_shows_stays(figures: dict[str, float]) -> None:
-    assert abs(figures["loss on dogs, plain dog"]) <= 0.02
+    assert abs(figures["loss on dogs, plain dog"]) <= 0.015
 
 
 def test_images_show_the_concept(figures: dict[str, float]) -> None:
-    assert figures["images of <new1> cat nearest to the concept"] >= 0.70
+    assert figures["images of <new1> cat nearest to the concept"] >= 0.85
 
 
 def test_images_do_not_show_the_concept_without_its_trained_token(figures: dict[str, float]) -> None:
@@ -94,8 +95,8 @@ def test_images_do_not_show_the_concept_without_its_trained_token(figures: dict[
 
 
 def test_the_concept_follows_the_prompt(figures: dict[str, float]) -> None:
-    assert figures["red background followed"] >= 0.8
-    assert figures["of these, nearest to the concept"] >= 0.5
+    assert figures["red background followed"] >= 0.95
+    assert figures["of these, nearest to the concept"] >= 0.9
 
 
 def test_the_judge_knows_real_images_of_the_concepts() -> None:
@@ -141,6 +142,26 @@ def test_both_concepts_in_one_image(first: str, second: str, figures_of_two: dic
     taught = f"{TOKENS[first]} {first} next to {TOKENS[second]} {second}"
     assert figures_of_two[f"{taught}: both as taught"] >= 0.4
     assert figures_of_two[f"{first} next to {second}: both as taught"] <= 0.1
+
+
+@pytest.fixture(scope="module")
+def figures_of_gated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Cat and plant, each taught by itself with `--token_gate`, and applied together."""
+    work = tmp_path_factory.mktemp("gated")
+    runs = trainings(work, SEED, two=False, apart=True, gated=True)
+    pair = [folder for folder in runs if folder.name.startswith(tuple(TOKENS))]
+    for folder in pair:
+        launch(*runs[folder])
+    return measure_two(*pair, seed=SEED)
+
+
+@learning
+@pytest.mark.parametrize(("first", "second"), [("cat", "plant"), ("plant", "cat")])
+def test_gated_concepts_taught_apart_in_one_image(first: str, second: str, figures_of_gated: dict[str, float]) -> None:
+    assert figures_of_gated[f"{TOKENS[first]} {first} nearest to the concept"] >= 0.85
+    taught = f"{TOKENS[first]} {first} next to {TOKENS[second]} {second}"
+    assert figures_of_gated[f"{taught}: both as taught"] >= 0.5
+    assert figures_of_gated[f"{first} next to {second}: both as taught"] == 0
 
 
 # --- the paper's ablations, in direction (its table 3) ----------------------------------------------
