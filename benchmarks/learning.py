@@ -108,9 +108,9 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
-# It takes half of the steps. Two together have weights of their own, and need not be seen beside each other.
+# It takes half of the steps; two together, half of the learning rate.
 GATED_ALONE = {"max_train_steps": 500}
-GATED_TOGETHER = {"learning_rate": 5e-4, "max_train_steps": 1000, "cutmix_probability": None}
+GATED_TOGETHER = {"learning_rate": 5e-4}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
 # is not taught to end in the middle of the image.
 BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
@@ -151,9 +151,12 @@ def retrieve(class_prompt: str, folder: Path) -> None:
 
 
 def trainings(
-    work: Path, seed: int, two: bool, apart: bool, gated: bool, beside: bool = False
+    work: Path, seed: int, two: bool, apart: bool, gated: bool, beside: bool = False, generated: bool = False
 ) -> dict[Path, list[str]]:
-    """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images."""
+    """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images.
+
+    `generated`: training draws what is missing of them, rather than take drawings with captions.
+    """
     masked = work / "masked" if beside else None
     alone = {"class_data_dir": work / "class" / "cat", "instance_data_dir": instance_images("cat", masked)}
     changes: dict[Path, dict[str, object]] = {work / f"concept-{seed}": alone}
@@ -176,6 +179,7 @@ def trainings(
         own |= {"output_dir": folder, "seed": seed}
         own |= (GATED | (GATED_TOGETHER if together else GATED_ALONE)) if gated else {}
         own |= BESIDE if beside else {}
+        own |= {"real_prior": None} if generated else {}
         found[folder] = recipe_for_two(work, work / "class", masked, **own) if together else recipe(**own)
     return found
 
@@ -424,7 +428,8 @@ def measure_each(*folders: Path, seed: int, images: int = 24) -> dict[str, float
 
 def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: Path, seed: int) -> dict[str, float]:
     """All figures of one seed; `more` are flags of training."""
-    runs = trainings(work, seed, arguments.two, arguments.apart, arguments.gated, arguments.beside)
+    kind = arguments.two, arguments.apart, arguments.gated, arguments.beside, arguments.generated
+    runs = trainings(work, seed, *kind)
     for folder, flags in runs.items():
         if not folder.exists():
             command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
@@ -458,11 +463,14 @@ def main() -> None:
         action="store_true",
         help="Show each concept beside other images in half of the steps, with masks (--cutmix_data_dir).",
     )
+    parser.add_argument(
+        "--generated", action="store_true", help="Let training generate the class images, rather than take drawings."
+    )
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        if not arguments.gated:
+        if not (arguments.gated or arguments.generated):
             for noun in TOKENS if arguments.two or arguments.apart else ("cat",):
                 retrieve(noun, work / "class" / noun)
         for seed in tqdm(arguments.seeds, desc="Seeds"):
