@@ -12,10 +12,11 @@ saw, at fixed noise; which of all cat designs the images made by `<new1> cat` ar
 followed; and whether everything else stayed as it was. The control is the same prompt with the same token *untrained*:
 an extra word moves similarities by itself. `--two` teaches noto's plant beside it, and measures whether each answers to
 its token, and both come out beside each other in one image twice as wide; `--apart` the same of two that were taught
-each by itself and then merged. `--gated` teaches with `--token_gate`, without class images, and applies what was taught
-apart together, without merging: a third concept too, noto's teapot, and measures whether each alone gives the images
-that it gives without the others. Another model has to know what `base/` knows, as its twin does that tools/xl_twin.py
-makes in Stable Diffusion XL's layout. tests/test_learning.py holds these to bars.
+each by itself and then merged. `--generated` lets training draw the class images. `--gated` teaches with
+`--token_gate`, without class images, and applies what was taught apart together, without merging: a third concept too,
+noto's teapot, and measures whether each alone gives the images that it gives without the others. Another model has to
+know what `base/` knows, as its twin does that tools/xl_twin.py makes in Stable Diffusion XL's layout.
+tests/test_learning.py holds these to bars.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
-# It takes half of the steps; two together, half of the learning rate.
+# A gated concept takes half of the steps; two together take half of the learning rate.
 GATED_ALONE = {"max_train_steps": 500}
 GATED_TOGETHER = {"learning_rate": 5e-4}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
@@ -155,7 +156,7 @@ def trainings(
 ) -> dict[Path, list[str]]:
     """Folder and command line of each training of `seed`, below `work`, where `class` has a folder of class images.
 
-    `generated`: training draws what is missing of them, rather than take drawings with captions.
+    `generated`: training draws the class images itself, instead of taking drawings with captions.
     """
     masked = work / "masked" if beside else None
     alone = {"class_data_dir": work / "class" / "cat", "instance_data_dir": instance_images("cat", masked)}
@@ -464,7 +465,7 @@ def main() -> None:
         help="Show each concept beside other images in half of the steps, with masks (--cutmix_data_dir).",
     )
     parser.add_argument(
-        "--generated", action="store_true", help="Let training generate the class images, rather than take drawings."
+        "--generated", action="store_true", help="Let training generate the class images instead of taking drawings."
     )
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}

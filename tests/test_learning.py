@@ -140,7 +140,7 @@ def test_each_of_two_concepts_answers_to_its_token(figures_of_two: dict[str, flo
 @pytest.mark.parametrize(("first", "second"), [("cat", "plant"), ("plant", "cat")])
 def test_both_concepts_in_one_image(first: str, second: str, figures_of_two: dict[str, float]) -> None:
     taught = f"{TOKENS[first]} {first} next to {TOKENS[second]} {second}"
-    assert figures_of_two[f"{taught}: both as taught"] >= 0.4
+    assert figures_of_two[f"{taught}: both as taught"] >= 0.75
     assert figures_of_two[f"{first} next to {second}: both as taught"] <= 0.1
 
 

@@ -33,7 +33,7 @@ TRAIN = """accelerate launch -q train_custom_diffusion.py --pretrained_model_nam
   --validation_prompt="photo of a {token} {noun}" --validation_steps=125 --validation_at_start
   --output_dir=demo/results/{noun} --report_to=none"""
 # At the usual guidance of 6, so small a model draws in colours that are too strong.
-INFER = """python infer.py --model_dir {folders} --prompt {prompts} --num_images=2 --batch_size=8
+INFER = """python infer.py --model_dir {folders} --prompt {prompts} --num_images=2 --batch_size=10
   --num_inference_steps=50 --guidance_scale=3 {options}--output_dir=demo/results/{output}"""
 CONTEXTS = {
     "cat": (
@@ -49,6 +49,8 @@ CONTEXTS = {
         "a <new2> plant at night",
     ),
 }
+# A new word starts as a copy of this rare one, so what that one draws is what the new one drew before training.
+RARE = "ktn"
 TOGETHER = ("photo of a <new1> cat next to a <new2> plant", "photo of a <new2> plant next to a <new1> cat")
 
 
@@ -110,12 +112,12 @@ def main() -> None:
     for noun, token in TOKENS.items():
         run(TRAIN.format(noun=noun, token=token))
         own = sorted((ROOT / "examples" / noun).glob("*.png"))[:4]
-        before = sorted((RESULTS / noun / "validation").glob("step_000000_*.png"))
+        before, *contexts = infer(f"{noun}-images", [noun], (f"photo of a {RARE} {noun}", *CONTEXTS[noun]))
         columns[noun] = [
             (f"your images of {token}", [own[:2], own[2:]]),
             (f"before training: photo of a {token} {noun}", [[path] for path in before]),
         ]
-        for prompt, images in zip(CONTEXTS[noun], infer(f"{noun}-images", [noun], CONTEXTS[noun]), strict=True):
+        for prompt, images in zip(CONTEXTS[noun], contexts, strict=True):
             columns[noun].append((prompt, [[path] for path in images]))
     # Two things have room beside each other in an image twice as wide.
     together = zip(TOGETHER, infer("together", list(TOKENS), TOGETHER, "--width=128 "), strict=True)

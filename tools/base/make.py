@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
     parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's VAE and text encoder.")
     parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
-    parser.add_argument("--seed", type=int, default=0, help="Another one trains another UNet.")
+    parser.add_argument("--seed", type=int, default=0, help="Another seed trains another UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args(argv)
     if arguments.keep and arguments.further:
@@ -127,15 +127,15 @@ def take_over(former: Path, work: Path) -> None:
         shutil.copytree(former / "text_encoder", work / "text" / "trained")
 
 
-def train_parts(work: Path, icons: dict[str, np.ndarray], former: Path | None, arguments: argparse.Namespace) -> None:
-    """Train what is missing in `work`; `former` is the model that it keeps parts of."""
+def train_parts(work: Path, icons: dict[str, np.ndarray], arguments: argparse.Namespace) -> None:
+    """Train what is missing in `work`."""
     budget = SHORT if arguments.short else FULL
     if not (work / "vae" / "first").exists():
         train_vae.train(icons, work / "vae", budget["vae"], budget["pool"])
     if not (work / "text" / "trained").exists():
         train_text_encoder.train(icons, work / "text", budget["text_encoder"], budget["pool"] // 2)
     if not (work / "unet" / "trained").exists():
-        start = former / "unet" if former and arguments.further else None
+        start = arguments.further / "unet" if arguments.further else None
         pool, steps = budget["unet_pool"], budget["unet"] // (4 if start else 1)
         inputs = icons, work / "vae", work / "text"
         train_unet.train(*inputs, work / "unet", steps, pool=pool, start=start, seed=arguments.seed)
@@ -164,7 +164,7 @@ def main() -> None:
     icons = load_icons(work, only=world.icon_names() if arguments.short or former else None)
     if former:
         take_over(former, work)
-    train_parts(work, icons, former, arguments)
+    train_parts(work, icons, arguments)
     model = work / "model"
     assemble(work, model)
     sample_sheet(model, work / "samples.png")
