@@ -109,9 +109,9 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
-# A gated concept takes half of the steps; two together take half of the learning rate.
+# It takes half of the steps. Two together have weights of their own: batches twice as large train both as if apart.
 GATED_ALONE = {"max_train_steps": 500}
-GATED_TOGETHER = {"learning_rate": 5e-4}
+GATED_TOGETHER = GATED_ALONE | {"learning_rate": 5e-4, "train_batch_size": 8, "cutmix_probability": None}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
 # is not taught to end in the middle of the image.
 BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
