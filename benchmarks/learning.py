@@ -435,7 +435,7 @@ def teach_and_measure(arguments: argparse.Namespace, more: Sequence[str], work: 
         if not folder.exists():
             command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
             subprocess.run([*command, ROOT / "train_custom_diffusion.py", *flags, *more], check=True, cwd=ROOT)
-    taught = list(runs) if arguments.gated else [weigh(*runs)]
+    taught = list(runs) if arguments.gated or arguments.as_trained else [weigh(*runs)]
     if arguments.apart and arguments.gated:
         pair = taught[: len(TOKENS)]
         return measure_two(*pair, seed=seed, shown=arguments.show) | measure_each(*taught, seed=seed)
@@ -466,6 +466,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--generated", action="store_true", help="Let training generate the class images instead of taking drawings."
+    )
+    parser.add_argument(
+        "--as_trained", action="store_true", help="Leave out the recipe's last step, merge.py --prior_weight."
     )
     arguments, more = parser.parse_known_args()
     rows: dict[str, list[float]] = {}
