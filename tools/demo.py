@@ -31,7 +31,7 @@ TRAIN = """accelerate launch -q train_custom_diffusion.py --pretrained_model_nam
   --resolution=64 --train_batch_size=4 --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=0
   --max_train_steps=500 --padding_mode=edge --hflip
   --validation_prompt="photo of a {token} {noun}" --validation_steps=125 --validation_at_start
-  --output_dir=demo/results/{noun} --report_to=none"""
+  --num_validation_images=1 --output_dir=demo/results/{noun} --report_to=none"""
 # At the usual guidance of 6, so small a model draws in colours that are too strong.
 INFER = """python infer.py --model_dir {folders} --prompt {prompts} --num_images=2 --batch_size=10
   --num_inference_steps=50 --guidance_scale=3 {options}--output_dir=demo/results/{output}"""
@@ -49,8 +49,6 @@ CONTEXTS = {
         "a <new2> plant at night",
     ),
 }
-# A new word starts as a copy of this rare one, so what that one draws is what the new one drew before training.
-RARE = "ktn"
 TOGETHER = ("photo of a <new1> cat next to a <new2> plant", "photo of a <new2> plant next to a <new1> cat")
 
 
@@ -86,21 +84,21 @@ def place(sheet: Image.Image, heading: str, rows: Rows, left: int, top: int, hig
             sheet.paste(shown, (left + j * (cell[0] + GAP), top + 2 * LINE + 4 + i * (high + GAP)))
 
 
-def index(columns: dict[str, list[tuple[str, Rows]]], together: list[tuple[str, list[Path]]]) -> Image.Image:
-    """One image: for each concept a band of `columns` with their headings, and below them both concepts `together`."""
-    band = 2 * LINE + 4 + 2 * (CELL + GAP) + MARGIN
+def index(bands: list[list[tuple[str, Rows]]], together: list[tuple[str, list[Path]]]) -> Image.Image:
+    """One image: for each concept a band of columns with their headings, and below them both concepts `together`."""
+    deep = 2 * LINE + 4 + 2 * (CELL + GAP) + MARGIN
     wide = 7 * (CELL + GAP) - GAP + 4 * MARGIN
     half = (wide - 3 * MARGIN) // 2
     high = (half - GAP) // 4
-    sheet = Image.new("RGB", (wide, MARGIN + len(columns) * band + 2 * LINE + 4 + high + MARGIN), "white")
-    for number, groups in enumerate(columns.values()):
+    sheet = Image.new("RGB", (wide, MARGIN + len(bands) * deep + 2 * LINE + 4 + high + MARGIN), "white")
+    for number, groups in enumerate(bands):
         left = MARGIN
         for position, (heading, rows) in enumerate(groups):
-            place(sheet, heading, rows, left, MARGIN + number * band)
+            place(sheet, heading, rows, left, MARGIN + number * deep)
             # What was there before the training stands a little apart from what came of it.
             left += len(rows[0]) * (CELL + GAP) + (MARGIN if position < 2 else 0)
     for number, (heading, images) in enumerate(together):
-        place(sheet, heading, [images], MARGIN + number * (half + MARGIN), MARGIN + len(columns) * band, high)
+        place(sheet, heading, [images], MARGIN + number * (half + MARGIN), MARGIN + len(bands) * deep, high)
     return sheet
 
 
@@ -108,21 +106,24 @@ def main() -> None:
     """Train, make images, and lay them out in `demo/index.png`."""
     started = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
-    columns = {}
+    bands = []
     for noun, token in TOKENS.items():
         run(TRAIN.format(noun=noun, token=token))
         own = sorted((ROOT / "examples" / noun).glob("*.png"))[:4]
-        before, *contexts = infer(f"{noun}-images", [noun], (f"photo of a {RARE} {noun}", *CONTEXTS[noun]))
-        columns[noun] = [
+        # A gated concept leaves a prompt without its word exactly as it was.
+        known = f"photo of a {noun}"
+        before, *contexts = infer(f"{noun}-images", [noun], (known, *CONTEXTS[noun]))
+        columns: list[tuple[str, Rows]] = [
             (f"your images of {token}", [own[:2], own[2:]]),
-            (f"before training: photo of a {token} {noun}", [[path] for path in before]),
+            (f"what the model knew: {known}", [[path] for path in before]),
         ]
         for prompt, images in zip(CONTEXTS[noun], contexts, strict=True):
-            columns[noun].append((prompt, [[path] for path in images]))
+            columns.append((prompt, [[path] for path in images]))
+        bands.append(columns)
     # Two things have room beside each other in an image twice as wide.
     together = zip(TOGETHER, infer("together", list(TOKENS), TOGETHER, "--width=128 "), strict=True)
     file = ROOT / "demo" / "index.png"
-    write_image(file, index(columns, list(together)), "PNG")
+    write_image(file, index(bands, list(together)), "PNG")
     print(f"\nIn {time.monotonic() - started:.0f} seconds. Look at {file}")
     for noun in TOKENS:
         print(f"How the training of the {noun} went: {RESULTS / noun / 'report.html'}")
