@@ -16,11 +16,12 @@ from transformers import CLIPTokenizer
 
 from benchmarks.learning import load_designs
 from tests.conftest import ROOT
-from tools.base import train_unet, world
+from tools.base import train_decoder, train_unet, world
 from tools.base.progress import MatrixOptimizer, Training, learning_rate
 from tools.base.score import generated
 from tools.base.tokenizer import clip_merges, merges_for, write_tokenizer
 from tools.base.train_text_encoder import TokenizedCaption
+from tools.base.train_vae import as_tensor
 
 BASE = ROOT / "base"
 
@@ -174,6 +175,34 @@ def test_a_finished_unet_can_be_trained_on(finished_parts: tuple[Path, Path], tm
     train_unet.train(one_design_each(128), *finished_parts, tmp_path / "unet", steps=2, pool=300, start=BASE / "unet")
     (line,) = (tmp_path / "unet" / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] < 0.4
+
+
+@pytest.fixture
+def before_the_decoder(finished_parts: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The folder in which the decoder is trained, with the shipped model's parts."""
+    shutil.copytree(BASE / "unet", tmp_path / "unet" / "trained")
+    shutil.copytree(BASE / "scheduler", tmp_path / "unet" / "scheduler")
+    return tmp_path
+
+
+def test_the_decoder_learns_from_latents_that_the_unet_leaves(before_the_decoder: Path) -> None:
+    denoiser = train_decoder.load_denoiser(before_the_decoder, torch.device("cpu"))
+    latents, images = train_decoder.pairs(denoiser, one_design_each(128), count=8, seed=1)
+    again, _ = train_decoder.pairs(denoiser, one_design_each(128), count=8, seed=1)
+    assert torch.equal(latents, again)
+    clean = denoiser.vae.encode(as_tensor(images, torch.device("cpu"))).latent_dist.mean
+    differ = (latents.float() - clean).square().mean(dim=(1, 2, 3)) / clean.square().mean(dim=(1, 2, 3))
+    assert differ.min() > 1e-4, "they are denoised, not only encoded"
+    assert differ.max() < 0.5, "they still show what the images do"
+
+
+def test_training_the_decoder_leaves_the_latents_as_they_are(before_the_decoder: Path) -> None:
+    train_decoder.train(one_design_each(128), before_the_decoder, steps=5, pool=8)
+    before, after = (
+        AutoencoderKL.from_pretrained(before_the_decoder / "vae" / stage).state_dict() for stage in ("first", "trained")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_the_concept_list_works_as_it_stands() -> None:

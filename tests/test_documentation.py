@@ -504,7 +504,7 @@ def test_the_commands_of_the_demo_are_command_lines() -> None:
     programs = {"train_custom_diffusion.py": train_custom_diffusion, "infer.py": infer}
     training = demo.TRAIN.format(noun="cat", token="<new1>")
     images = demo.INFER.format(folders="cat plant", prompts="'a cat'", options="--width=128 ", output="together")
-    for text in (training, images):
+    for text in (demo.UNTRAINED, training, images):
         words = shlex.split(text)
         (place,) = (number for number, word in enumerate(words) if word in programs)
         programs[words[place]].parse_args(words[place + 1 :])

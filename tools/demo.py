@@ -32,6 +32,11 @@ TRAIN = """accelerate launch -q train_custom_diffusion.py --pretrained_model_nam
   --max_train_steps=500 --padding_mode=edge --hflip
   --validation_prompt="photo of a {token} {noun}" --validation_steps=125 --validation_at_start
   --num_validation_images=1 --output_dir=demo/results/{noun} --report_to=none"""
+# One step at a rate of zero: the new words as every training starts them.
+UNTRAINED = """accelerate launch -q train_custom_diffusion.py --pretrained_model_name_or_path=base --token_gate
+  --concepts_list=concept_list.json --modifier_token="<new1>+<new2>" --initializer_token="ktn+ktn"
+  --resolution=64 --train_batch_size=1 --learning_rate=0 --max_train_steps=1
+  --output_dir=demo/results/untrained --report_to=none"""
 # At the usual guidance of 6, so small a model draws in colours that are too strong.
 INFER = """python infer.py --model_dir {folders} --prompt {prompts} --num_images=2 --batch_size=10
   --num_inference_steps=50 --guidance_scale=3 {options}--output_dir=demo/results/{output}"""
@@ -106,16 +111,18 @@ def main() -> None:
     """Train, make images, and lay them out in `demo/index.png`."""
     started = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
+    run(UNTRAINED)
+    first = [f"photo of a {token} {noun}" for noun, token in TOKENS.items()]
+    untrained = dict(zip(TOKENS, infer("untrained-images", ["untrained"], first), strict=True))
     bands = []
     for noun, token in TOKENS.items():
         run(TRAIN.format(noun=noun, token=token))
         own = sorted((ROOT / "examples" / noun).glob("*.png"))[:4]
         # A gated concept leaves a prompt without its word exactly as it was.
-        known = f"photo of a {noun}"
-        before, *contexts = infer(f"{noun}-images", [noun], (known, *CONTEXTS[noun]))
+        known, *contexts = infer(f"{noun}-images", [noun], (f"photo of a {noun}", *CONTEXTS[noun]))
         columns: list[tuple[str, Rows]] = [
             (f"your images of {token}", [own[:2], own[2:]]),
-            (f"what the model knew: {known}", [[path] for path in before]),
+            (f"before training: {noun}, {token} {noun}", [known[:1], untrained[noun][:1]]),
         ]
         for prompt, images in zip(CONTEXTS[noun], contexts, strict=True):
             columns.append((prompt, [[path] for path in images]))

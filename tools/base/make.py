@@ -17,14 +17,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from custom_diffusion.errors import UserError
 from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
-from tools.base import train_text_encoder, train_unet, train_vae, world
+from tools.base import train_decoder, train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
 from tools.base.score import generated, scores, sheet
 
 BASE = Path(__file__).resolve().parent.parent.parent / "base"
-# Steps of VAE, text encoder, UNet and decoder, and how many images the pools hold: the UNet's, and the others.
-FULL = {"vae": 28_000, "text_encoder": 1_000, "unet": 17_000, "decoder": 6_000, "unet_pool": 180_000, "pool": 60_000}
-SHORT = {"vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "unet_pool": 256, "pool": 256}
+# Steps of VAE, text encoder, UNet and decoder, and how many images their pools hold: "pool" those of the first two.
+FULL = {
+    "vae": 28_000, "text_encoder": 1_000, "unet": 17_000, "decoder": 12_000,
+    "unet_pool": 180_000, "decoder_pool": 30_000, "pool": 60_000,
+}  # fmt: skip
+SHORT = {
+    "vae": 6, "text_encoder": 4, "unet": 4, "decoder": 4, "unet_pool": 256, "decoder_pool": 256, "pool": 256,
+}  # fmt: skip
 LOGS = {
     "VAE, squared error": ("vae", "squared_error"),
     "text encoder, attributes": ("text", "attributes"),
@@ -91,8 +96,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
-    parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's VAE and text encoder.")
-    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep all of this model, and train its UNet on.")
+    parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's encoders of images and text.")
+    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep this model's encoders, and train its UNet on.")
     parser.add_argument("--seed", type=int, default=0, help="Another seed trains another UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args(argv)
@@ -119,9 +124,8 @@ def claim(work: Path, arguments: argparse.Namespace) -> None:
 def take_over(former: Path, work: Path) -> None:
     """Start `work` with the VAE, text encoder and tokenizer of the model `former`."""
     if not (work / "vae").exists():
-        # The same for both stages: its decoder is refined already.
-        for stage in ("first", "trained"):
-            shutil.copytree(former / "vae", work / "vae" / stage)
+        # Its decoder is trained again all the same, on what this UNet leaves.
+        shutil.copytree(former / "vae", work / "vae" / "first")
     if not (work / "text").exists():
         shutil.copytree(former / "tokenizer", work / "text" / "tokenizer")
         shutil.copytree(former / "text_encoder", work / "text" / "trained")
@@ -140,7 +144,7 @@ def train_parts(work: Path, icons: dict[str, np.ndarray], arguments: argparse.Na
         inputs = icons, work / "vae", work / "text"
         train_unet.train(*inputs, work / "unet", steps, pool=pool, start=start, seed=arguments.seed)
     if not (work / "vae" / "trained").exists():
-        train_vae.refine(icons, work / "vae", budget["decoder"], budget["pool"])
+        train_decoder.train(icons, work, budget["decoder"], budget["decoder_pool"])
 
 
 def install(work: Path) -> None:
@@ -160,8 +164,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     work = arguments.work
     claim(work, arguments)
-    # The VAE alone learns from drawings of other things too.
-    icons = load_icons(work, only=world.icon_names() if arguments.short or former else None)
+    # VAE and decoder learn from drawings of other things too.
+    icons = load_icons(work, only=world.icon_names() if arguments.short else None)
     if former:
         take_over(former, work)
     train_parts(work, icons, arguments)

@@ -71,7 +71,7 @@ def training_images(icons: dict[str, np.ndarray], count: int, seed: int) -> np.n
 
 
 def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60_000) -> None:
-    """Train for `steps` batches; `folder/trained` gets the VAE, its latents normalised per channel."""
+    """Train for `steps` batches; `folder/first` gets the VAE, its latents normalised per channel."""
     on = device()
     torch.manual_seed(0)
     vae = new_vae().to(on, memory_format=torch.channels_last)
@@ -90,32 +90,6 @@ def train(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60
         training.update(loss, peak=1.2e-3, losses={"loss": loss, "squared_error": squared})
     normalise(vae, images[:: max(1, len(images) // 2048)])
     vae.eval().save_pretrained(folder / "first")
-
-
-def refine(icons: dict[str, np.ndarray], folder: Path, steps: int, pool: int = 60_000) -> None:
-    """Train the decoder of `folder/first` alone for `steps` more batches; `folder/trained` gets the result.
-
-    The latents stay as they are, so this may run before, while or after the UNet is trained on them.
-    """
-    on = device()
-    torch.manual_seed(1)
-    vae = AutoencoderKL.from_pretrained(folder / "first").to(on, memory_format=torch.channels_last)
-    vae.requires_grad_(False)
-    decoder = torch.nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    training = Training(folder / "decoder", decoder, optimizer, steps)
-    images = training_images(icons, pool, seed=8)
-    for step in training:
-        generator = np.random.default_rng((9, step))
-        pixels = as_tensor(images[np.sort(generator.integers(0, len(images), BATCH_SIZE))], on)
-        with autocast(on):
-            with torch.no_grad():
-                posterior = vae.encode(pixels).latent_dist
-            decoded = decoder(posterior.mean).float()
-        squared = functional.mse_loss(decoded, pixels)
-        loss = squared + 0.1 * functional.l1_loss(decoded, pixels)
-        training.update(loss, peak=1e-3, losses={"squared_error": squared})
-    vae.eval().save_pretrained(folder / "trained")
 
 
 @torch.no_grad()
