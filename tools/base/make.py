@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("base-build"), help="Where everything is made and kept.")
     parser.add_argument("--short", action="store_true", help="A few steps of every stage; base/ stays as it is.")
     parser.add_argument("--keep", type=Path, metavar="MODEL", help="Keep this model's encoders of images and text.")
-    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep this model's encoders, and train its UNet on.")
+    parser.add_argument("--further", type=Path, metavar="MODEL", help="Keep its encoders, and train its UNet on.")
     parser.add_argument("--seed", type=int, default=0, help="Another seed trains another UNet.")
     parser.add_argument("--threads", type=int, help="CPU threads; if not given, what torch takes by itself.")
     arguments = parser.parse_args(argv)

@@ -1,10 +1,10 @@
 """The base model's decoder once more: it learns to draw from what the UNet leaves, not only from clean latents.
 
-Most of what told generated images from drawings was in their details: where the UNet had denoised real latents from the
-first tenth of the noise schedule only, the decoder already drew smears. A decoder that has seen such latents draws clean
-areas and edges from them. Noise-augmented decoding does the same for other latents (Zheng et al. 2025, "Diffusion
-Transformers with Representation Autoencoders"). The encoder and the latents stay as they are, and with them all that the
-UNet has learned.
+Most of what told generated images from drawings was in their details: where the UNet had denoised real latents from
+the first tenth of the noise schedule only, the decoder already drew smears. A decoder that has seen such latents draws
+clean areas and edges from them. Noise-augmented decoding does the same for other latents (Zheng et al. 2025, "Diffusion
+Transformers with Representation Autoencoders"). The encoder and the latents stay as they are, and with them all that
+the UNet has learned.
 """
 
 from pathlib import Path
