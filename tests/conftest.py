@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("long", "xdist_group")])
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a case of bytes by its argument and number: what a library writes into a file may change by the second.
+
+    Names that differ between the two workers of pytest-xdist end the run before its first test.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Notice a pytest whose tests pytest-xdist cannot group, so that workers make each module's fixtures twice."""
     if not session.config.getoption("loadgroup", False):
