@@ -45,7 +45,7 @@ from custom_diffusion.models.base_model import BaseModel
 from custom_diffusion.models.families import family_of, text_models_of
 from tools.base import world
 from tools.base.features import ENCODER, image_features, load_encoder
-from tools.base.score import background_of, generated, reconstructed, sheet
+from tools.base.score import SAMPLED_AS_INFER, background_of, generated, reconstructed, sheet
 from tools.base.train_vae import as_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,9 +109,15 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
-# It takes half of the steps. Two together have weights of their own, and gain nothing from Cut-Mix.
+# It takes half of the steps. Two together have weights of their own, so both may start from the best word there is, as
+# each does by itself, and they gain nothing from Cut-Mix.
 GATED_ALONE = {"max_train_steps": 500}
-GATED_TOGETHER = {"learning_rate": 5e-4, "max_train_steps": 1000, "cutmix_probability": None}
+GATED_TOGETHER = {
+    "learning_rate": 5e-4,
+    "max_train_steps": 1000,
+    "cutmix_probability": None,
+    "initializer_token": f"{RARE}+{RARE}",
+}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
 # is not taught to end in the middle of the image.
 BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
@@ -351,14 +357,15 @@ def measure(folder: Path, seed: int, images: int = 32, shown: Path | None = None
     def change(examples: list[world.Example], called: str = "{}") -> float:
         return denoising_loss(learned, examples, called, seed) / denoising_loss(control, examples, called, seed) - 1
 
-    def made(pipeline: DiffusionPipeline, prompt: str, guidance: float = 6.0) -> np.ndarray:
-        return generated(pipeline, [prompt] * images, seed * 1000, guidance=guidance)
+    def made(pipeline: DiffusionPipeline, prompt: str, guidance: float = 6.0, **sampler: float) -> np.ndarray:
+        return generated(pipeline, [prompt] * images, seed * 1000, guidance=guidance, **sampler)
 
     prompt = f"photo of a {TOKEN} cat"
     alone, red = made(learned, prompt), made(learned, f"{prompt} on a red background")
     if shown is not None:
         # What is measured has the usual guidance; the small model's colours are better at half of it.
-        show(shown, seed, {"cat": alone, "red": red, "cat-guidance-3": made(learned, prompt, guidance=3.0)})
+        as_infer = made(learned, prompt, guidance=3.0, **SAMPLED_AS_INFER)
+        show(shown, seed, {"cat": alone, "red": red, "cat-as-infer": as_infer})
     return {
         "loss on unseen views, <new1> cat": change(unseen, CALLED),
         **{

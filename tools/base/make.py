@@ -19,7 +19,7 @@ from custom_diffusion.errors import UserError
 from custom_diffusion.training.settings import SETTINGS_NAME, check_settings, write_settings
 from tools.base import train_decoder, train_text_encoder, train_unet, train_vae, world
 from tools.base.emoji import load_icons
-from tools.base.score import generated, scores, sheet
+from tools.base.score import SAMPLED_AS_INFER, generated, scores, sheet
 
 BASE = Path(__file__).resolve().parent.parent.parent / "base"
 # Steps of VAE, text encoder, UNet and decoder, and how many images their pools hold: "pool" those of the first two.
@@ -69,7 +69,8 @@ def sample_sheet(folder: Path, file: Path, seed: int = 0) -> None:
     """An image of every noun, made by the model in `folder`, fourteen to a row."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    sheet(generated(pipeline, [f"photo of a {noun}" for noun in world.NOUNS], seed), columns=14).save(file)
+    prompts = [f"photo of a {noun}" for noun in world.NOUNS]
+    sheet(generated(pipeline, prompts, seed, **SAMPLED_AS_INFER), columns=14).save(file)
 
 
 def loss_curves(work: Path, file: Path) -> None:
