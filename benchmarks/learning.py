@@ -99,8 +99,10 @@ TOGETHER = {
     "modifier_token": "+".join(TOKENS.values()),
     "learning_rate": 1e-3,
     "max_train_steps": 1200,
-    "prior_loss_weight": 20,
+    "prior_loss_weight": 10,
     "cutmix_probability": 0.5,
+    # Both start from the rare word from which the small model learns best.
+    "initializer_token": f"{RARE}+{RARE}",
 }
 # What `--token_gate` changes of either: what acts only at its own words needs no class images.
 GATED = {
@@ -109,15 +111,9 @@ GATED = {
         ("class_data_dir", "with_prior_preservation", "real_prior", "num_class_images", "prior_loss_weight")
     ),
 }
-# It takes half of the steps. Two together have weights of their own, so both may start from the best word there is, as
-# each does by itself, and they gain nothing from Cut-Mix.
+# It takes half of the steps. Two together have weights of their own, and gain nothing from Cut-Mix.
 GATED_ALONE = {"max_train_steps": 500}
-GATED_TOGETHER = {
-    "learning_rate": 5e-4,
-    "max_train_steps": 1000,
-    "cutmix_probability": None,
-    "initializer_token": f"{RARE}+{RARE}",
-}
+GATED_TOGETHER = {"learning_rate": 5e-4, "max_train_steps": 1000, "cutmix_probability": None}
 # What `--beside` adds to that: the concept beside other things in half of the steps, and masks, so that its background
 # is not taught to end in the middle of the image.
 BESIDE = {"masked_loss": True, "cutmix_probability": 0.5, "cutmix_data_dir": ROOT / "examples" / "others"}
