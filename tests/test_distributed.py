@@ -112,9 +112,10 @@ def test_two_processes_equal_one_with_the_double_batch(
         for key in load_concept(tmp_path / "out").attention
     ]
     start = torch.cat([*start, model.text_encoder.get_input_embeddings().weight[42170]])
-    moved = (one - start).abs().max()
-    assert moved > 1e-3, "there is something to compare"
-    assert (one - two).abs().max() < 1e-3 * moved
+    moved = one - start
+    assert moved.abs().max() > 1e-3, "there is something to compare"
+    # All values together: AdamW makes as large a step of a rounding error where a gradient is nearly zero.
+    assert (one - two).norm() < 3e-4 * moved.norm()
 
 
 @pytest.mark.long
