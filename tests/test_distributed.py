@@ -25,6 +25,15 @@ def learned(folder: Path) -> torch.Tensor:
     return torch.cat([value.flatten() for value in concept.tensors().values()])
 
 
+def relative_difference(one: torch.Tensor, other: torch.Tensor, start: torch.Tensor | float = 0.0) -> float:
+    """How far two results of training are apart, relative to the way that the first has moved from `start`.
+
+    Of all values together: processors and numbers of threads round differently, and AdamW makes as large a step of a
+    rounding error as of a gradient, where that is nearly zero.
+    """
+    return ((one - other).norm() / (one - start).norm()).item()
+
+
 def two_processes(*argv: str) -> str:
     # `accelerate launch --cpu --num_processes 2` silently runs one.
     script = ROOT / "tests" / "two_processes.py"
@@ -77,7 +86,7 @@ def test_two_processes_encode_and_learn_the_same_of_images_in_their_own_shape(
     assert "difference 0.0\n" in two
     encoded = prepare(run_flags(base_model, tmp_path / "images", tmp_path / "again", train_batch_size=2, **more))
     assert f"latents {digest_of_latents(encoded)}\n" in two
-    assert torch.allclose(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out"), atol=1e-5)
+    assert relative_difference(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out")) < 1e-5
 
 
 @pytest.mark.long
@@ -95,9 +104,7 @@ def test_two_processes_learn_the_same_of_masked_images(
     two = two_processes(*run_flags(base_model, tmp_path / "images", tmp_path / "two", train_batch_size=1, **more))
     train_here(run_flags(base_model, tmp_path / "images", tmp_path / "one", train_batch_size=2, **more))
     assert "difference 0.0\n" in two
-    # All values together: AdamW makes as large a step of a rounding error where a gradient is nearly zero.
-    one, both = learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out")
-    assert (one - both).norm() < 1e-5 * one.norm()
+    assert relative_difference(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out")) < 1e-5
 
 
 def test_two_processes_equal_one_with_the_double_batch(
@@ -112,10 +119,8 @@ def test_two_processes_equal_one_with_the_double_batch(
         for key in load_concept(tmp_path / "out").attention
     ]
     start = torch.cat([*start, model.text_encoder.get_input_embeddings().weight[42170]])
-    moved = one - start
-    assert moved.abs().max() > 1e-3, "there is something to compare"
-    # All values together: AdamW makes as large a step of a rounding error where a gradient is nearly zero.
-    assert (one - two).norm() < 3e-4 * moved.norm()
+    assert (one - start).abs().max() > 1e-3, "there is something to compare"
+    assert relative_difference(one, two, start) < 3e-4
 
 
 @pytest.mark.long
@@ -138,10 +143,9 @@ def test_two_processes_train_gated_concepts_as_one_with_the_double_batch(
     assert len(one.gates) == len(two.gates) == 2
     for mine, other in zip(one.gates, two.gates, strict=True):
         for key, change in mine.whole().items():
-            moved = change.abs().max()
-            assert moved > 1e-3, "there is something to compare"
-            assert (change - other.whole()[key]).abs().max() < 1e-2 * moved
-    assert torch.allclose(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out"), atol=1e-5)
+            assert change.abs().max() > 1e-3, "there is something to compare"
+            assert relative_difference(change, other.whole()[key]) < 3e-4
+    assert relative_difference(learned(tmp_path / "one" / "out"), learned(tmp_path / "two" / "out")) < 1e-5
 
 
 @pytest.mark.long
@@ -259,4 +263,4 @@ def test_two_machines_end_as_two_processes_do(
     outputs = [process.communicate(timeout=180)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     # To rounding: each "machine" believes that all cores are its own, and computes with more threads.
-    assert torch.allclose(learned(tmp_path / "out"), learned(apart[0] / "out"), atol=1e-5)
+    assert relative_difference(learned(tmp_path / "out"), learned(apart[0] / "out")) < 1e-5
