@@ -198,7 +198,7 @@ def test_two_processes_equal_one(base_model: Path, images: Path, tmp_path: Path,
     train_here(flags(base_model, images, tmp_path / "one", **more, train_batch_size=2))
     one, two = (load_concept(tmp_path / name).tensors() for name in ("one", "two"))
     for name, value in one.items():
-        assert relative_difference(value, two[name]) < 1e-3, name
+        assert relative_difference(value, two[name]) < 3e-4, name
 
 
 @pytest.mark.long
